@@ -9,7 +9,8 @@
     ├── CheckpointError         weights cannot be used
     │   ├── CheckpointMissing   not found under that name
     │   └── CheckpointBroken    found, but not what its manifest says
-    ├── StoreError              the SQL store does not answer or refuses
+    ├── StoreError              the SQL store refuses
+    │   └── StoreUnavailable    it does not answer, is busy or full just now; the same call may pass later
     ├── BrokerError             Redis/Valkey does not answer or refuses
     └── EngineError             a model run went wrong
         ├── OutOfMemory         the batch was too large for the device
@@ -79,6 +80,10 @@ class CheckpointBroken(CheckpointError):
 
 class StoreError(ReadroomError):
     """The SQL store does not answer, is full, or refuses a write."""
+
+
+class StoreUnavailable(StoreError):
+    """The SQL store is busy, full, restarting or out of reach; the same call may succeed later."""
 
 
 class BrokerError(ReadroomError):
