@@ -1,0 +1,444 @@
+"""Checkpoints as folders: what they are called, what they hold, and whether they still hold it. Knows no torch.
+
+A checkpoint folder holds `manifest.json`, `*.safetensors` and the tokenizer's files, flat. Its ref is what results
+carry: `sha256:<digest>` for a folder, `hub:owner/name@revision` for a hub id, `dummy:...` for the weightless one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
+from readroom.records import GenerationSettings, digest_json
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 1024 * 1024
+BUNDLED_DIR = Path(__file__).parent / "bundled"
+DEFAULT_PROFILE = "dicom_voi_v1"
+# The normalisation of CLIP, which BLIP was trained with (github.com/salesforce/BLIP, data/__init__.py).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What a loader of a checkpoint folder may read. A file of these kinds that no manifest names is refused: it could be
+# a tokenizer somebody slipped in, or code.
+LOADABLE_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"})
+PICKLE_SUFFIXES = frozenset({".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle"})
+HASHED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model"})
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+CONVERT_REMEDY = "Convert it once: readroom checkpoints add PATH --convert"
+SHA256_HEX = re.compile(r"^[0-9a-f]{64}$")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: SHA-256 in hex and size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    `parent` is the ref it was trained from, `training_data` names data sets and seeds, `scores` metrics on held-out
+    data, `preprocess` a profile of models/pixels.py, `generation` the fields of GenerationSettings it was tuned with,
+    `command` the command that made it, `created` UTC in ISO 8601. `digest` covers the files and not the manifest.
+    """
+
+    name: str
+    family: str
+    task: str
+    parameters: int
+    files: dict[str, FileEntry]
+    digest: str
+    format: int = MANIFEST_FORMAT
+    parent: str | None = None
+    training_data: str | dict[str, Any] = ""
+    scores: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    allowed_use: str = ""
+    preprocess: str = DEFAULT_PROFILE
+    image_size: int = 384
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    generation: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    readroom_version: str = ""
+    created: str = ""
+
+    @property
+    def ref(self) -> str:
+        """The name results carry."""
+        return f"sha256:{self.digest}"
+
+    @property
+    def defaults(self) -> GenerationSettings | None:
+        """The generation settings the checkpoint was made for, None where it names none."""
+        return GenerationSettings(**self.generation) if self.generation else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The document `manifest.json` holds."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """Where a checkpoint is: `location` is a folder, a hub id with revision, or the dummy's own ref."""
+
+    ref: str
+    family: str
+    name: str
+    location: str
+    manifest: Manifest | None = None
+
+
+# Names and places ----------------------------------------------------------------------------------------------------
+
+
+def resolve_checkpoint(name: str) -> CheckpointSource:
+    """Find a checkpoint by name: `bundled`, `dummy[:base_ms=5,item_ms=0.5]`, a folder, or `owner/name[@revision]`.
+
+    Reads at most the manifest (or, without one, hashes the folder); touches no network. Raises CheckpointMissing or
+    CheckpointBroken with what to do.
+    """
+    name = name.strip()
+    if name == "dummy" or name.startswith("dummy:"):
+        return _resolve_dummy(name)
+    if name == "bundled":
+        return _resolve_bundled()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return resolve_folder(folder)
+    if folder.is_file():
+        raise CheckpointBroken("that name is a file; a checkpoint is a folder", CONVERT_REMEDY)
+    if HUB_ID.match(name) and not name.startswith((".", "~", "/")):
+        return _resolve_hub(name)
+    raise CheckpointMissing(
+        f"no checkpoint is called {name!r}",
+        "Give a folder, a hub id (owner/name[@revision]), `bundled` or `dummy`.",
+    )
+
+
+def resolve_folder(folder: Path, name: str = "") -> CheckpointSource:
+    """The checkpoint in a folder. Without a manifest (a plain hub folder) its files are hashed, ~1 s a gigabyte."""
+    refuse_pickles(folder)
+    if not (folder / MANIFEST_NAME).is_file():
+        return _resolve_plain(folder, name)
+    manifest = read_manifest(folder)
+    return CheckpointSource(manifest.ref, manifest.family, name or manifest.name, str(folder), manifest)
+
+
+def parse_dummy(name: str) -> dict[str, float]:
+    """The costs in a dummy's name, milliseconds: `dummy:base_ms=5,item_ms=0.5`. Raises CheckpointMissing."""
+    costs = {"base_ms": 0.0, "item_ms": 0.0}
+    for part in filter(None, name.partition(":")[2].split(",")):
+        key, _, value = part.partition("=")
+        if key not in costs or not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", value):
+            raise CheckpointMissing(f"no checkpoint is called {name!r}", "Say dummy:base_ms=5,item_ms=0.5")
+        costs[key] = float(value)
+    return costs
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise when a folder's weights are pickles only; reading those can run code."""
+    suffixes = {entry.suffix.lower() for entry in folder.iterdir()}
+    if ".safetensors" not in suffixes:
+        if suffixes & PICKLE_SUFFIXES:
+            raise CheckpointBroken("this folder holds only pickled weights, which are never read", CONVERT_REMEDY)
+        raise CheckpointMissing("this folder holds no weights (*.safetensors)", "See docs/checkpoints.md.")
+
+
+def _resolve_dummy(name: str) -> CheckpointSource:
+    ref = "dummy:" + ",".join(f"{key}={value:g}" for key, value in parse_dummy(name).items())
+    return CheckpointSource(ref, "dummy", name, ref)
+
+
+def _resolve_bundled() -> CheckpointSource:
+    folder = BUNDLED_DIR / "blip"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointMissing("the bundled captioner is not in this checkout", "Fetch models/bundled/blip.")
+    return resolve_folder(folder, "bundled")
+
+
+def _resolve_hub(name: str) -> CheckpointSource:
+    repo, _, revision = name.partition("@")
+    location = f"{repo}@{revision or 'main'}"
+    return CheckpointSource(f"hub:{location}", _guess_family(repo), name, location)
+
+
+def _guess_family(repo: str) -> str:
+    # Only for display until the files are here; the loader trusts config.json.
+    return next((family for family in ("mistral", "vlp") if family in repo.lower()), "blip")
+
+
+def _resolve_plain(folder: Path, name: str) -> CheckpointSource:
+    files = {entry.name: hash_file(entry) for entry in _list_files(folder) if entry.suffix in HASHED_SUFFIXES}
+    family = str(read_json(folder / "config.json").get("model_type", ""))
+    return CheckpointSource(f"sha256:{digest_files(files)}", family, name or folder.name, str(folder))
+
+
+# Manifests -----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read and check `manifest.json`, field by field; the files it names are not looked at.
+
+    Raises CheckpointMissing when there is none, CheckpointBroken naming the wrong field.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointMissing("this folder holds no manifest.json", "See docs/checkpoints.md.")
+    return _parse_manifest(read_json(path))
+
+
+def write_manifest(folder: Path | str, **described: Any) -> Manifest:
+    """Hash the files of a folder and write its manifest; `described` are fields of Manifest (`name`, `family`, ...).
+
+    `files`, `digest`, `format`, and unless given `created` and `readroom_version`, are filled in here.
+    """
+    folder = Path(folder)
+    _check_names(described)
+    entries = [entry for entry in _list_files(folder) if entry.name != MANIFEST_NAME]
+    files = {entry.name: {"sha256": hash_file(entry), "bytes": entry.stat().st_size} for entry in entries}
+    document = {
+        "format": MANIFEST_FORMAT,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "readroom_version": _read_version(),
+        **described,
+        "files": files,
+        "digest": digest_files({name: str(entry["sha256"]) for name, entry in files.items()}),
+    }
+    manifest = _parse_manifest(json.loads(json.dumps(document)))
+    text = json.dumps(manifest.as_json(), indent=2, sort_keys=True) + "\n"
+    _write_atomically(folder / MANIFEST_NAME, text.encode())
+    return manifest
+
+
+def verify_folder(folder: Path | str) -> Manifest:
+    """Read every file a manifest names and compare size and SHA-256; refuse loadable files it does not name.
+
+    Raises CheckpointBroken naming the file.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _refuse_extra(folder, manifest)
+    for name, entry in manifest.files.items():
+        _verify_file(folder / name, entry)
+    return manifest
+
+
+def publish_folder(source: Path | str, dest_root: Path | str) -> Path:
+    """Copy a verified checkpoint to `<dest_root>/<digest>`; readers see all of it or nothing.
+
+    Only the files its manifest names travel. The same digest published twice is one folder; a damaged copy that
+    already stands there is moved aside. Returns the folder.
+    """
+    source, root = Path(source), Path(dest_root)
+    manifest = verify_folder(source)
+    target = root / manifest.digest
+    if target.is_dir() and _is_sound(target):
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    staged = root / f".staged-{secrets.token_hex(6)}"
+    try:
+        _copy_files(source, staged, [*manifest.files, MANIFEST_NAME])
+        verify_folder(staged)
+        return _move_in_place(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def digest_files(hashes: Mapping[str, str]) -> str:
+    """The digest of a checkpoint: SHA-256 over the canonical JSON of `{file name: sha256}`."""
+    return digest_json(dict(hashes))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most MAX_MANIFEST_BYTES, {} where there is no file. Raises CheckpointBroken."""
+    if not path.exists():
+        return {}
+    if path.is_symlink() and path.name == MANIFEST_NAME:
+        raise CheckpointBroken(f"{path.name} is a link")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointBroken(f"{path.name} is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CheckpointBroken(f"{path.name} is not JSON") from None
+    if not isinstance(document, dict):
+        raise CheckpointBroken(f"{path.name} is not a JSON object")
+    return document
+
+
+def _list_files(folder: Path) -> list[Path]:
+    # Links are allowed here (the hub's cache is made of them); a manifest's folder is checked in _verify_file.
+    return sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
+
+
+def _verify_file(path: Path, entry: FileEntry) -> None:
+    if path.is_symlink():
+        raise CheckpointBroken(f"{path.name} is a link; a checkpoint holds its files itself")
+    if not path.is_file():
+        raise CheckpointBroken(f"{path.name} is missing", "Fetch the checkpoint again.")
+    if path.stat().st_size != entry.bytes:
+        raise CheckpointBroken(f"{path.name} has another size than its manifest says", "Fetch the checkpoint again.")
+    if hash_file(path) != entry.sha256:
+        raise CheckpointBroken(f"{path.name} is not the file its manifest names", "Fetch the checkpoint again.")
+
+
+def _refuse_extra(folder: Path, manifest: Manifest) -> None:
+    for entry in folder.iterdir():
+        known = entry.name in manifest.files or entry.name == MANIFEST_NAME
+        if not known and entry.suffix.lower() in LOADABLE_SUFFIXES | PICKLE_SUFFIXES:
+            raise CheckpointBroken(f"{entry.name} is not named by the manifest", "Remove it or write a new manifest.")
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        verify_folder(folder)
+    except (CheckpointBroken, CheckpointMissing):
+        return False
+    return True
+
+
+def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    target.mkdir(mode=0o700)
+    for name in names:
+        shutil.copyfile(source / name, target / name, follow_symlinks=False)
+        _sync(target / name)
+    _sync(target)
+
+
+def _move_in_place(staged: Path, target: Path) -> Path:
+    if target.exists():
+        target.rename(target.with_name(f".broken-{target.name}-{secrets.token_hex(4)}"))
+    try:
+        staged.rename(target)
+    except OSError:
+        # Another process published the same digest between our look and our rename.
+        if not _is_sound(target):
+            raise
+    _sync(target.parent)
+    return target
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    staged = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    staged.write_bytes(content)
+    _sync(staged)
+    staged.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("readroom")
+    except PackageNotFoundError:
+        return ""
+
+
+# Checks, one a field -------------------------------------------------------------------------------------------------
+
+
+def _parse_manifest(document: dict[str, Any]) -> Manifest:
+    if document.get("format") != MANIFEST_FORMAT:
+        raise CheckpointBroken(f"manifest: format is not {MANIFEST_FORMAT}", "Use the release that wrote it.")
+    missing = sorted({"name", "family", "task", "parameters", "files", "digest"} - document.keys())
+    if missing:
+        raise CheckpointBroken(f"manifest: {', '.join(missing)} missing")
+    known = {item.name for item in fields(Manifest)}
+    checked = {key: _check_field(key, value) for key, value in document.items() if key in known}
+    manifest = Manifest(**checked)
+    if manifest.digest != digest_files({name: entry.sha256 for name, entry in manifest.files.items()}):
+        raise CheckpointBroken("manifest: digest does not belong to its files")
+    return manifest
+
+
+def _check_field(key: str, value: Any) -> Any:
+    if key == "files":
+        return _check_files(value)
+    if key in ("mean", "std"):
+        return _check_triple(key, value)
+    if key == "generation":
+        return _check_generation(value)
+    if key in ("parameters", "image_size", "format"):
+        return _require(key, value, _is_count(value))
+    if key == "scores":
+        return _require(key, value, isinstance(value, dict))
+    if key == "training_data":
+        return _require(key, value, isinstance(value, str | dict))
+    if key == "parent":
+        return _require(key, value, value is None or isinstance(value, str))
+    required = key in ("name", "family", "task", "digest")
+    return _require(key, value, isinstance(value, str) and (bool(value) or not required))
+
+
+def _check_files(value: Any) -> dict[str, FileEntry]:
+    _require("files", value, isinstance(value, dict) and 0 < len(value) <= 1000)
+    return {name: _check_entry(name, entry) for name, entry in value.items()}
+
+
+def _check_entry(name: str, entry: Any) -> FileEntry:
+    plain = name not in ("", ".", "..", MANIFEST_NAME) and not re.search(r"[/\\:\x00-\x1f]", name)
+    _require("files", name, plain and not name.startswith("."))
+    _require("files", name, isinstance(entry, dict) and _is_count(entry.get("bytes")))
+    _require("files", name, isinstance(entry.get("sha256"), str) and bool(SHA256_HEX.match(entry["sha256"])))
+    return FileEntry(entry["sha256"], entry["bytes"])
+
+
+def _check_triple(key: str, value: Any) -> tuple[float, float, float]:
+    numbers = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+    _require(key, value, numbers and (key == "mean" or all(v > 0 for v in value)))
+    return float(value[0]), float(value[1]), float(value[2])
+
+
+def _check_generation(value: Any) -> dict[str, Any]:
+    kinds = {item.name: str if item.name == "prompt" else int for item in fields(GenerationSettings)}
+    _require("generation", value, isinstance(value, dict) and value.keys() <= kinds.keys())
+    for key, setting in value.items():
+        sound = isinstance(setting, str) if kinds[key] is str else _is_count(setting)
+        _require(f"generation.{key}", setting, sound)
+    return dict(value)
+
+
+def _check_names(described: Mapping[str, Any]) -> None:
+    unknown = described.keys() - {item.name for item in fields(Manifest)}
+    if unknown:
+        raise BadCall(f"a manifest has no field {', '.join(sorted(unknown))}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(key: str, value: Any, sound: bool) -> Any:
+    if not sound:
+        raise CheckpointBroken(f"manifest: {key} is not usable")
+    return value
