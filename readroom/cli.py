@@ -1,0 +1,631 @@
+"""The one console command. Commands are thin: they read options, call a room, print. Imports stand inside them, so
+that `readroom enqueue` on a machine beside the PACS never loads torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+from readroom.errors import BadCall, ReadroomError, SettingsError
+from readroom.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from db.session import Store
+    from readroom.records import SubmissionCounts
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ITEMS_FAILED, BAD_CALL = 1, 2
+NAMED_ITEMS = 20  # skipped items named on the terminal; all of them stand in the submission's file
+
+EPILOG = """\b
+Start here:   readroom demo                        the whole loop on sample data
+Then:         readroom up                          broker, worker and Flower on this machine
+              readroom enqueue pacs /path/export   images in
+              readroom status --watch              how far it is
+              readroom results SUBMISSION          captions out
+Exit status:  0 done as asked, 1 some items failed (they are named), 2 a bad call."""
+
+
+class ReadroomCommand(click.Group):
+    """Turns our errors into one clear line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a ReadroomError ends it with its message, never with a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (BadCall, SettingsError) as error:
+            fail(error, BAD_CALL)
+        except ReadroomError as error:
+            fail(error, ITEMS_FAILED)
+        except BrokenPipeError:  # `readroom results ... | head` closed the pipe: that is no failure
+            sys.stderr.close()
+            sys.exit(0)
+
+
+def fail(error: ReadroomError, status: int) -> None:
+    """Print an error of ours and end."""
+    click.secho(f"readroom: {error}", fg="red" if sys.stderr.isatty() else None, err=True)
+    sys.exit(status)
+
+
+def with_store(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command its settings and an open store as the first two arguments."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> R:
+        settings = load_settings()
+        with opened_store(settings) as store:
+            return command(settings, store, *args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def opened_store(settings: Settings) -> Iterator[Store]:
+    """The store of these settings, closed afterwards."""
+    from db.session import open_store, store_url
+    from readroom.intake import prepare_home
+
+    prepare_home(settings)
+    store = open_store(store_url(settings))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def terminal(stderr: bool = False) -> Console:
+    """A rich console on standard output or standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+@click.group(cls=ReadroomCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="readroom", message="%(prog)s %(version)s")
+def main() -> None:
+    """Draft radiology reports in bulk: images in, captions and drafts in a SQL store.
+
+    Settings come from READROOM_* variables or a .env file (docs/configuration.md). Without any, everything runs on
+    this machine: an embedded Valkey and SQLite under ~/.readroom.
+
+    For research. Not a medical device. Every text is an AI draft that a radiologist must review.
+    """
+    from readroom.log import set_up_logging
+
+    set_up_logging(load_settings().log_level)
+
+
+# ---------------------------------------------------------------------------------------------- the local stack
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True,
+              help="Folder for the sample inputs, the store and the contact sheet.")  # fmt: skip
+@click.option("--studies", default=12, show_default=True, help="Phantom studies in the sample PACS export.")
+@click.option("--scenes", default=12, show_default=True, help="Pictures in the sample COCO folder.")
+@click.option("--seed", default=2026, show_default=True, help="Seed of the samples.")
+def demo(output: Path, studies: int, scenes: int, seed: int) -> None:
+    """The whole loop on sample data: no network, no GPU, about a minute.
+
+    Draws a PACS export and a COCO folder, adds a real radiograph and junk, then runs producers, an embedded Valkey, a
+    worker process and a SQLite store; prints the captions and writes a contact sheet.
+    """
+    from readroom.demo import run_demo
+
+    sys.exit(run_demo(output, studies, scenes, seed, terminal()))
+
+
+@main.command()
+@click.option("--workers", default=1, show_default=True, help="Worker processes: one for each GPU.")
+@click.option("--queue", default="caption", show_default=True, help="Job kind the workers take.")
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Run the queue monitor.")
+@click.option("--foreground", is_flag=True, help="Stay and supervise in this terminal until Ctrl-C.")
+def up(workers: int, queue: str, flower: bool, foreground: bool) -> None:
+    """Start the local stack: broker, workers, Flower. What dies is started again."""
+    from readroom import stack
+    from readroom.intake import prepare_home
+
+    settings = load_settings()
+    prepare_home(settings)
+    if foreground:
+        stack.run_stack(settings, workers, queue, flower)
+        return
+    state = stack.launch_stack(settings, workers, queue, flower)
+    for service in state["services"]:
+        click.echo(f"{service['name']:<10} process {service['pid']}, log {service['log']}")
+    if flower:
+        click.echo(f"Flower     http://{settings.flower_host}:{settings.flower_port} as {settings.flower_user}, "
+                   f"password {describe_flower_password(settings)}")  # fmt: skip
+
+
+def describe_flower_password(settings: Settings) -> str:
+    """Where the password is to be found; it is not printed."""
+    from readroom.stack import flower_password
+
+    flower_password(settings)
+    return "from READROOM_FLOWER_PASSWORD" if settings.flower_password else f"in {settings.home_dir}/flower-password"
+
+
+@main.command()
+def down() -> None:
+    """End the local stack: workers finish the batch in hand, the broker stops last."""
+    from readroom.stack import end_stack
+
+    click.echo("the stack is down" if end_stack(load_settings()) else "nothing was up")
+
+
+@main.command()
+@click.option("--queue", "kinds", multiple=True, default=("caption",), show_default=True,
+              type=click.Choice(["caption"]), help="Job kinds to take; may be given several times.")  # fmt: skip
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Messages in hand [READROOM_CONCURRENCY].")
+@click.option("--drain", is_flag=True, help="End when the queues are empty.")
+def worker(kinds: tuple[str, ...], concurrency: int | None, drain: bool) -> None:
+    """Run a worker: one process for each GPU, under a supervisor that restarts it.
+
+    \b
+    SIGTERM  finishes the batch in hand and gives the rest back at once.
+    """
+    from worker.app import run_worker
+
+    sys.exit(run_worker(load_settings(), kinds=kinds, concurrency=concurrency, drain=drain))
+
+
+@main.command()
+def flower() -> None:
+    """Run Flower, the queue monitor, behind a password (READROOM_FLOWER_*)."""
+    from readroom.stack import run_flower
+
+    run_flower(load_settings())
+
+
+@main.command()
+@with_store
+def migrate(settings: Settings, store: Store) -> None:
+    """Bring the store's tables up to this release. Safe to run again."""
+    click.echo(f"the {store.dialect} store is up to date")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Say what is configured, reachable, missing, unsafe. Exit status 1 when something is wrong."""
+    from readroom.doctor import examine
+
+    findings = examine(load_settings())
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print_findings(findings)
+    sys.exit(ITEMS_FAILED if any(finding.level == "error" for finding in findings) else 0)
+
+
+def print_findings(findings: list[Any]) -> None:
+    """The doctor's report as a table."""
+    from rich.table import Table
+
+    styles = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        text = f"{finding.text}  [dim]{finding.remedy}[/]" if finding.remedy else finding.text
+        table.add_row(f"[{styles[finding.level]}]{finding.level}[/]", finding.subject, text)
+    terminal().print(table)
+
+
+# ---------------------------------------------------------------------------------------------- images in
+
+
+@main.group()
+def enqueue() -> None:
+    """Put images on the queues. Nothing is done twice: a rerun, also after a kill, goes on where it stood.
+
+    \b
+    Exit status 1 when items are damaged or refused (truncated, empty, uid_conflict, unsafe_path, too_large,
+    encrypted, missing, unreadable, corrupt); what is left out by policy (not_dicom, not_image, other_modality,
+    for_processing, secondary_capture, burned_in, not_chest, duplicate) leaves it 0. All of them stand with their
+    reason in <home>/submissions/<id>/skipped.jsonl and in --json.
+    """
+
+
+def enqueue_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options that every `enqueue` has."""
+    options = [
+        click.argument("path", type=click.Path(path_type=Path)),
+        click.option("--task", type=click.Choice(["caption"]), default="caption", show_default=True,
+                     help="What is asked of each image."),
+        click.option("--captioner", type=click.Choice(["blip"]), default="blip", show_default=True,
+                     help="Family of the captioning model."),
+        click.option("--model", help="Checkpoint: a registered name, `bundled`, `dummy`, a folder or a hub id."),
+        click.option("--priority", type=click.Choice(["stat", "routine", "bulk"]), default="bulk", show_default=True,
+                     help="Which queue the jobs go to."),
+        click.option("--dry-run", is_flag=True, help="Only say what would be enqueued."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@enqueue.command("pacs")
+@enqueue_options
+def enqueue_pacs(path: Path, **options: Any) -> None:
+    """A PACS export: a folder of any shape, a .zip or a .tar. Only headers are read."""
+    submit("pacs", path, {}, **options)
+
+
+@enqueue.command("coco")
+@enqueue_options
+@click.option("--split", default="val2017", show_default=True,
+              help="`val2017`, `train2017` ...; with a Karpathy file `train`, `val` or `test`.")  # fmt: skip
+@click.option("--karpathy", type=click.Path(path_type=Path), help="A Karpathy split file (dataset_coco.json).")
+def enqueue_coco(path: Path, split: str, karpathy: Path | None, **options: Any) -> None:
+    """A COCO folder: annotations/captions_SPLIT.json and the images of SPLIT."""
+    extra = {"split": split, **({"karpathy": karpathy} if karpathy else {})}
+    submit("coco", path, extra, **options)
+
+
+@enqueue.command("mimic")
+@enqueue_options
+@click.option("--split", help="Only `train`, `validate` or `test` of the official split.")
+def enqueue_mimic(path: Path, split: str | None, **options: Any) -> None:
+    """A MIMIC-CXR or MIMIC-CXR-JPG tree."""
+    submit("mimic", path, {"split": split} if split else {}, **options)
+
+
+@enqueue.command("images")
+@enqueue_options
+def enqueue_images(path: Path, **options: Any) -> None:
+    """Image files: one file or a folder of JPEG, PNG, DICOM and so on."""
+    submit("images", path, {}, **options)
+
+
+def submit(kind: str, path: Path, extra: dict[str, Any], **options: Any) -> None:
+    """Run one intake, show its progress, print what came of it, and end with the documented status."""
+    from readroom.intake import Intake, damaged_items, run_intake
+    from readroom.records import Priority
+
+    intake = Intake(
+        source_kind=kind,
+        path=path,
+        priority=Priority(options["priority"]),
+        captioner=options["captioner"],
+        model=options["model"],
+        options=tuple(extra.items()),
+        dry_run=options["dry_run"],
+    )
+    settings = load_settings()
+    with intake_progress() as report:
+        counts = run_intake(settings, intake, report)
+    print_json(counts.as_json()) if options["as_json"] else print_counts(settings, counts, intake.dry_run)
+    sys.exit(ITEMS_FAILED if damaged_items(counts.skipped) else 0)
+
+
+@contextmanager
+def intake_progress() -> Iterator[Callable[[str, int], None]]:
+    """A spinner with counts on standard error, on a terminal only."""
+    console = terminal(stderr=True)
+    if not console.is_terminal:
+        yield lambda event, items: None
+        return
+    with console.status("looking") as status:
+        yield lambda event, items: status.update(describe_intake(event, items))
+
+
+def describe_intake(event: str, items: int) -> str:
+    """One line for a progress event of the producer."""
+    if event == "waiting":
+        return f"{items:,} messages wait: the queues are full, going on when workers have caught up"
+    return f"{event}: {items:,} items"
+
+
+def print_counts(settings: Settings, counts: SubmissionCounts, dry_run: bool) -> None:
+    """What an `enqueue` found and did, for people."""
+    from collections import Counter
+
+    from readroom.intake import damaged_items
+
+    title = "would be a submission" if dry_run else f"submission {counts.submission}"
+    click.echo(f"{title}: found {counts.found:,}, queued {counts.queued:,}, already done {counts.already_done:,}, "
+               f"skipped {len(counts.skipped):,} ({counts.studies:,} studies, {counts.images:,} images)")  # fmt: skip
+    for reason, number in Counter(item.reason for item in counts.skipped).most_common():
+        click.echo(f"  {number:>7,}  {reason}")
+    damaged = damaged_items(counts.skipped)
+    for item in damaged[:NAMED_ITEMS]:
+        click.echo(f"  {item.reason}: {item.item}{f' ({item.detail})' if item.detail else ''}")
+    if counts.skipped and not dry_run:
+        click.echo(f"each with its reason: {settings.home_dir / 'submissions' / counts.submission / 'skipped.jsonl'}")
+    if counts.queued and not dry_run:
+        click.echo(f"next: readroom status {counts.submission} --watch")
+
+
+# ---------------------------------------------------------------------------------------------- how far, and out
+
+
+@main.command()
+@click.argument("submission", required=False)
+@click.option("--watch", is_flag=True, help="Stay until nothing is left to do.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@with_store
+def status(settings: Settings, store: Store, submission: str | None, watch: bool, as_json: bool) -> None:
+    """Jobs by state, rate and time left, of one submission or of all."""
+    from readroom.overview import measure_progress, render_progress
+
+    if submission is not None:
+        check_submission(store, submission)
+    if watch:
+        watch_progress(store, submission)
+    elif as_json:
+        print_json(measure_progress(store, submission))
+    else:
+        terminal().print(render_progress(measure_progress(store, submission)))
+
+
+def check_submission(store: Store, submission: str) -> None:
+    """Raise BadCall when no such submission is known."""
+    from db.submissions import get_submission
+
+    if get_submission(store, submission) is None:
+        raise BadCall(f"no submission {submission}", "`readroom submissions` lists them.")
+
+
+def watch_progress(store: Store, submission: str | None, interval_s: float = 1.0) -> None:
+    """Show the progress until every job is final."""
+    import time
+
+    from rich.live import Live
+
+    from readroom.overview import is_finished, measure_progress, render_progress
+
+    progress = measure_progress(store, submission)
+    with Live(render_progress(progress), console=terminal(), refresh_per_second=4) as live:
+        while not is_finished(progress):
+            time.sleep(interval_s)
+            progress = measure_progress(store, submission)
+            live.update(render_progress(progress))
+
+
+@main.command()
+@click.option("--limit", default=20, show_default=True, help="The latest ones, at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@with_store
+def submissions(settings: Settings, store: Store, limit: int, as_json: bool) -> None:
+    """List the latest submissions."""
+    import time
+
+    from db.submissions import list_submissions
+
+    records = list_submissions(store, limit)
+    if as_json:
+        print_json([asdict(record) for record in records])
+        return
+    for record in records:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created_at))
+        click.echo(f"{record.id}  {made}  {record.source_kind:<6} {record.state:<10} found {record.found:,}")
+
+
+@main.command()
+@click.argument("submission")
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv", "parquet"]), default="jsonl", show_default=True,
+              help="jsonl: one JSON object a line.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File; default standard output.")
+@with_store
+def results(settings: Settings, store: Store, submission: str, form: str, output: Path | None) -> None:
+    """One record for each result: identifiers, text, score, checkpoint.
+
+    The records name studies: keep them inside the hospital.
+    """
+    from db.results import iter_results
+    from readroom import export
+
+    check_submission(store, submission)
+    records = iter_results(store, submission)
+    if form == "parquet":
+        if output is None:
+            raise BadCall("Parquet goes to a file", "Give -o FILE.")
+        count = export.write_parquet(records, output)
+    else:
+        write = export.write_csv if form == "csv" else export.write_jsonl
+        with click.open_file(str(output) if output else "-", "w", encoding="utf-8") as out:
+            count = write(records, out)
+    click.echo(f"{count:,} results", err=True)
+
+
+@main.group()
+def failures() -> None:
+    """Dead letters: jobs that failed for good, with their cause."""
+
+
+def failure_filters(command: Callable[P, R]) -> Callable[P, R]:
+    """Which dead letters: by submission, by reason."""
+    command = click.option("--submission", help="Only those of one submission.")(command)
+    return click.option("--reason", help="Only those with this reason code.")(command)
+
+
+@failures.command("list")
+@failure_filters
+@click.option("--limit", default=100, show_default=True, help="Rows, at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@with_store
+def list_failures(
+    settings: Settings, store: Store, submission: str | None, reason: str | None, limit: int, as_json: bool
+) -> None:
+    """List dead letters."""
+    from db.jobs import list_failures as read_failures
+
+    rows = read_failures(store, submission=submission, reason=reason, limit=limit)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    for row in rows:
+        click.echo(f"{row.id:>10}  {row.kind:<8} {row.attempt} attempts  {row.reason}  {row.detail}")
+    if not rows:
+        click.echo("no dead letters")
+
+
+@failures.command("show")
+@click.argument("job", type=int)
+@with_store
+def show_failure(settings: Settings, store: Store, job: int) -> None:
+    """Show one dead letter whole."""
+    from db.jobs import get_failure
+
+    row = get_failure(store, job)
+    if row is None:
+        raise BadCall(f"job {job} is no dead letter", "`readroom failures list` names them.")
+    print_json(asdict(row))
+
+
+def selection(jobs: tuple[int, ...], everything: bool, submission: str | None, reason: str | None) -> dict[str, Any]:
+    """The chosen dead letters as arguments for the store; raises BadCall when nothing was chosen."""
+    if not (jobs or everything or submission or reason):
+        raise BadCall("say which dead letters", "Give job ids, --submission, --reason or --all.")
+    return {"job_ids": list(jobs) or None, "submission": submission, "reason": reason}
+
+
+@failures.command("requeue")
+@click.argument("jobs", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@failure_filters
+@with_store
+def requeue_failures(
+    settings: Settings,
+    store: Store,
+    jobs: tuple[int, ...],
+    everything: bool,
+    submission: str | None,
+    reason: str | None,
+) -> None:
+    """Give dead letters a new start, with all their attempts."""
+    from db.jobs import requeue_failures as requeue
+
+    ids = requeue(store, **selection(jobs, everything, submission, reason))
+    click.echo(f"{len(ids):,} jobs queued again; workers publish them within {settings.rescue_interval_s:.0f} s")
+
+
+@failures.command("drop")
+@click.argument("jobs", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@failure_filters
+@with_store
+def drop_failures(
+    settings: Settings,
+    store: Store,
+    jobs: tuple[int, ...],
+    everything: bool,
+    submission: str | None,
+    reason: str | None,
+) -> None:
+    """Give dead letters up: their jobs become cancelled."""
+    from db.jobs import drop_failures as drop
+
+    click.echo(f"{len(drop(store, **selection(jobs, everything, submission, reason))):,} jobs cancelled")
+
+
+# ---------------------------------------------------------------------------------------------- one image, now
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id [READROOM_BLIP_MODEL].")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines.")
+def caption(images: tuple[Path, ...], model: str | None, as_json: bool) -> None:
+    """Caption images now, without any queue. DICOM, JPEG, PNG and so on."""
+    from readroom.captions import caption_now
+
+    rows = caption_now(load_settings(), images, model)
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            click.echo(f"{row['image']}: {row['caption'] or 'failed: ' + row['error']}")
+    sys.exit(ITEMS_FAILED if any(row["error"] for row in rows) else 0)
+
+
+@main.group()
+def checkpoints() -> None:
+    """The registry the workers serve from."""
+
+
+@checkpoints.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@with_store
+def list_checkpoints(settings: Settings, store: Store, as_json: bool) -> None:
+    """List the registered checkpoints."""
+    from db.checkpoints import list_checkpoints as read_checkpoints
+
+    records = read_checkpoints(store)
+    if as_json:
+        print_json([asdict(record) for record in records])
+        return
+    for record in records:
+        click.echo(f"{record.state:<10} {record.family:<6} {record.ref[:24]:<24} {record.name}")
+    if not records:
+        click.echo("none yet: `readroom checkpoints add NAME` registers one")
+
+
+@checkpoints.command("show")
+@click.argument("name")
+@with_store
+def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
+    """Show one checkpoint with its manifest. NAME: its name, or the start of its ref."""
+    from db.checkpoints import find_checkpoint
+
+    record = find_checkpoint(store, name)
+    if record is None:
+        raise BadCall(f"no checkpoint {name} is registered", "`readroom checkpoints list` names them.")
+    print_json(asdict(record))
+
+
+@checkpoints.command("add")
+@click.argument("source")
+@click.option("--name", help="Name in the registry; default the manifest's or the folder's.")
+@click.option("--activate", is_flag=True, help="Serve it: new jobs of its family use it from now on.")
+@click.option("--convert", is_flag=True,
+              help="SOURCE is an original BLIP .pth file: read it (weights only) and write safetensors.")  # fmt: skip
+@with_store
+def add_checkpoint(
+    settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
+) -> None:
+    """Register a checkpoint: `bundled`, a folder (copied under the home and verified), a hub id, or a .pth.
+
+    Nothing is ever unpickled, except a .pth that you convert explicitly, and then its tensors only.
+    """
+    from readroom.registry import register_checkpoint
+
+    record = register_checkpoint(settings, store, source, name=name, activate=activate, convert=convert)
+    click.echo(f"{record.state} {record.family} {record.name} {record.ref}")
+
+
+@main.command()
+@click.argument("layout", type=click.Choice(["coco", "pacs", "mimic"]))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count", default=16, show_default=True, type=click.IntRange(1), help="Pictures (coco) or studies.")
+@click.option("--seed", default=0, show_default=True, help="The same seed draws the same pictures.")
+def phantoms(layout: str, out: Path, count: int, seed: int) -> None:
+    """Draw sample data with known truth: chest radiograph phantoms, or simple scenes in the COCO layout."""
+    from training import phantoms as drawing
+
+    write = {"coco": drawing.write_coco, "pacs": drawing.write_pacs, "mimic": drawing.write_mimic}[layout]
+    write(out, count=count, seed=seed)
+    click.echo(f"{count} drawn under {out}; try: readroom enqueue {layout} {out} --dry-run")
+
+
+if __name__ == "__main__":
+    main()

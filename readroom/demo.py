@@ -1,0 +1,290 @@
+"""`readroom demo`: the whole loop on this machine, on sample data with real junk in it.
+
+Every part is the real one: the producers scan a PACS export and a COCO folder, an embedded Valkey carries the ids, a
+separate worker process captions with the bundled BLIP, SQLite keeps the results. Only the pictures are drawn, apart
+from a real chest radiograph and other real DICOM files that the package `pydicom-data` ships.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from readroom.errors import BadCall, ReadroomError
+from readroom.intake import EXPECTED_REASONS, Intake, run_intake
+from readroom.records import JobState, Priority, SubmissionCounts
+from readroom.settings import Settings, load_settings
+from readroom.sheet import SheetEntry, write_sheet
+
+if TYPE_CHECKING:
+    from db.results import ResultRecord
+
+# Real files of the NEMA sample set in pydicom-data: one chest film in two encodings, a shin bone, CT, MR, a report.
+REAL_CHEST = ("RG1_UNCR.dcm", "RG1_J2KR.dcm")
+REAL_OTHERS = ("RG3_UNCR.dcm", "CT1_UNC.dcm", "MR1_UNCI.dcm")
+WAIT_LIMIT_S = 300.0
+SHEET_NOTE = (
+    "AI drafts, not for diagnosis. Phantoms are drawn with known findings; the real radiograph is none of them."
+)
+MARKER = ".readroom-demo"
+
+
+@dataclass(slots=True)
+class Timings:
+    """How long each part took, seconds, in order."""
+
+    parts: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def measure(self, part: str, console: Console) -> Iterator[None]:
+        """Announce a part, time it, remember it."""
+        console.print(f"[dim]·[/] {part}")
+        start = time.monotonic()
+        yield
+        self.parts.append((part, time.monotonic() - start))
+
+
+def run_demo(output: Path, studies: int, scenes: int, seed: int, console: Console) -> int:
+    """Run the demo under `output`; returns the exit status.
+
+    Raises BadCall when `output` exists and is not an earlier demo's folder, ReadroomError when a part fails.
+    """
+    clear_output(output)
+    settings = demo_settings(output)
+    timings = Timings()
+    console.print("[bold]Readroom demo[/] for research, not a medical device")
+    with timings.measure("draw the samples", console):
+        export, pictures = draw_samples(output / "samples", studies, scenes, seed)
+    with timings.measure("start the broker and a worker", console):
+        worker = start_worker(settings, output)
+    try:
+        with timings.measure("enqueue the PACS export and the COCO folder", console):
+            submissions = [submit_sample(settings, "pacs", export), submit_sample(settings, "coco", pictures)]
+        with timings.measure("caption", console):
+            wait_for_jobs(settings, submissions, worker, console)
+    finally:
+        with timings.measure("stop the worker and the broker", console):
+            stop_all(settings, worker)
+    return show_outcome(settings, output, submissions, timings, console)
+
+
+def clear_output(output: Path) -> None:
+    """Make the folder; an earlier demo's content is removed, anything else is left alone."""
+    if output.exists() and any(output.iterdir()) and not (output / MARKER).exists():
+        raise BadCall(f"{output} holds other files", "Choose another folder with --output.")
+    for entry in output.iterdir() if output.exists() else ():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+
+
+def demo_settings(output: Path) -> Settings:
+    """Settings of the demo's own little installation, whatever the user's environment says.
+
+    They are put into the environment, because the worker is a process of its own and reads them there.
+    """
+    for name in [name for name in os.environ if name.startswith("READROOM_")]:
+        del os.environ[name]
+    os.environ["READROOM_HOME"] = str((output / "home").resolve())
+    os.environ["READROOM_BLIP_MODEL"] = "bundled"
+    os.environ["READROOM_LOG_LEVEL"] = "INFO"
+    return load_settings(_env_file=None)
+
+
+def draw_samples(folder: Path, studies: int, scenes: int, seed: int) -> tuple[Path, Path]:
+    """A PACS export with junk in it, and a COCO folder; returns both paths."""
+    from training.phantoms import write_coco, write_pacs
+
+    export = folder / "pacs-export"
+    write_pacs(export, count=studies, seed=seed)
+    add_junk(export)
+    write_coco(folder / "coco", count=scenes, seed=seed)
+    return export, folder / "coco"
+
+
+def add_junk(export: Path) -> None:
+    """What real exports hold besides films: a real radiograph, other modalities, damaged files, viewer files."""
+    real = find_real_files()
+    (export / "REAL").mkdir()
+    for path in real.values():
+        shutil.copy(path, export / "REAL" / path.name)
+    (export / "README.TXT").write_text("A viewer for these images is on the disc.\n")
+    (export / "THUMBS.DB").write_bytes(bytes(range(256)) * 8)
+    (export / "REAL" / "EMPTY").touch()
+    whole = real[REAL_CHEST[0]].read_bytes()
+    (export / "REAL" / "CUT.dcm").write_bytes(whole[: len(whole) // 2])
+
+
+def find_real_files() -> dict[str, Path]:
+    """The real sample files by name. Raises BadCall when pydicom-data is not installed."""
+    try:
+        import data_store
+    except ImportError:
+        raise BadCall("the demo needs the package pydicom-data", "pip install 'readroom[demo]'") from None
+    folder = Path(next(iter(data_store.__path__))) / "data"
+    paths = {name: folder / name for name in (*REAL_CHEST, *REAL_OTHERS)}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def start_worker(settings: Settings, output: Path) -> subprocess.Popen[bytes]:
+    """Start the broker, then a worker process of its own; its log is `<output>/worker.log`."""
+    from readroom.broker import start_broker
+
+    settings.home_dir.mkdir(mode=0o700, parents=True)
+    start_broker(settings.home_dir)
+    with (output / "worker.log").open("wb") as log:
+        command = [sys.executable, "-m", "readroom.cli", "worker", "--queue", "caption"]
+        # In another folder than the user's, so that no `.env` of theirs reaches the worker.
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=settings.home_dir, start_new_session=True)
+
+
+def submit_sample(settings: Settings, kind: str, path: Path) -> SubmissionCounts:
+    """Enqueue one sample folder."""
+    priority = Priority.STAT if kind == "pacs" else Priority.BULK
+    options = (("split", "val2017"),) if kind == "coco" else ()
+    return run_intake(settings, Intake(source_kind=kind, path=path, priority=priority, options=options))
+
+
+def wait_for_jobs(
+    settings: Settings, submissions: list[SubmissionCounts], worker: subprocess.Popen[bytes], console: Console
+) -> None:
+    """Show a bar until every job is final. Raises ReadroomError when the worker ends or time is up."""
+    from db.session import open_store, store_url
+    from db.submissions import count_jobs
+    from readroom.records import FINAL_STATES
+
+    total = sum(counts.queued for counts in submissions)
+    deadline = time.monotonic() + WAIT_LIMIT_S
+    store = open_store(store_url(settings))
+    columns = (TextColumn("  captions"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("captions", total=total)
+            while (done := sum(n for s, n in count_jobs(store, None).items() if s in FINAL_STATES)) < total:
+                progress.update(bar, completed=done)
+                check_worker(worker, deadline)
+                time.sleep(0.2)
+    finally:
+        store.close()
+
+
+def check_worker(worker: subprocess.Popen[bytes], deadline: float) -> None:
+    """Raise when the worker has ended or the demo takes too long."""
+    if worker.poll() is not None:
+        raise ReadroomError(f"the worker ended with status {worker.returncode}", "Its log is worker.log.")
+    if time.monotonic() > deadline:
+        raise ReadroomError(f"captions took longer than {WAIT_LIMIT_S:.0f} s", "The worker's log is worker.log.")
+
+
+def stop_all(settings: Settings, worker: subprocess.Popen[bytes]) -> None:
+    """Warm shutdown of the worker, then the broker."""
+    from readroom.broker import stop_broker
+
+    worker.send_signal(signal.SIGTERM)
+    try:
+        worker.wait(30)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+    stop_broker(settings.home_dir)
+
+
+def show_outcome(
+    settings: Settings, output: Path, submissions: list[SubmissionCounts], timings: Timings, console: Console
+) -> int:
+    """Print captions, reasons and times, write the sheet; returns 0 when every job succeeded."""
+    from db.jobs import list_failures
+    from db.results import iter_results
+    from db.session import open_store, store_url
+    from db.submissions import count_jobs
+
+    store = open_store(store_url(settings))
+    try:
+        records = [record for counts in submissions for record in iter_results(store, counts.submission)]
+        counts = count_jobs(store, None)
+        failed = list_failures(store)
+    finally:
+        store.close()
+    console.print(caption_table(records), skipped_table(submissions))
+    for row in failed:
+        console.print(f"[red]job {row.id} failed: {row.reason} {row.detail}[/]")
+    start = time.monotonic()
+    png, page = write_sheet(draw_entries(output, records), output, "Readroom demo", SHEET_NOTE)
+    timings.parts.append(("draw the contact sheet", time.monotonic() - start))
+    console.print(timing_table(timings))
+    console.print(f"Contact sheet: [bold]{page}[/] and {png}")
+    return 0 if counts.get(JobState.SUCCEEDED, 0) == sum(c.queued for c in submissions) else 1
+
+
+def caption_table(records: list[ResultRecord]) -> Table:
+    """Image, view, caption, score."""
+    table = Table(title="Captions", title_justify="left", show_lines=False)
+    for column in ("image", "view", "caption", "score"):
+        table.add_column(column, overflow="fold")
+    for record in records:
+        score = "" if record.score is None else f"{record.score:.2f}"
+        table.add_row(record.item, record.view or "", record.text, score)
+    return table
+
+
+def skipped_table(submissions: list[SubmissionCounts]) -> Table:
+    """What was left out, and why; damage in red."""
+    table = Table(title="Left out", title_justify="left")
+    for column in ("item", "reason", "detail"):
+        table.add_column(column, overflow="fold")
+    for item in (item for counts in submissions for item in counts.skipped):
+        style = "" if item.reason in EXPECTED_REASONS else "red"
+        table.add_row(item.item, item.reason, item.detail, style=style)
+    return table
+
+
+def timing_table(timings: Timings) -> Table:
+    """Seconds for each part, and their sum."""
+    table = Table(title="Time", title_justify="left", show_header=False)
+    for part, seconds in timings.parts:
+        table.add_row(part, f"{seconds:6.1f} s")
+    table.add_section()
+    table.add_row("all", f"{sum(seconds for _, seconds in timings.parts):6.1f} s")
+    return table
+
+
+def draw_entries(output: Path, records: list[ResultRecord]) -> list[SheetEntry]:
+    """A card for each result, rendered from its file as the model saw it; phantoms with their truth."""
+    from PIL import Image
+
+    from models.pixels import render_file
+
+    truths = read_truths(output / "samples")
+    entries = []
+    for record in records:
+        folder = output / "samples" / ("coco" if record.source_kind == "coco" else "pacs-export")
+        picture = Image.fromarray(render_file(find_picture(folder, record.item)))
+        truth = truths.get(Path(record.item).as_posix(), "")
+        entries.append(SheetEntry(picture, record.item, record.text, truth))
+    return entries
+
+
+def find_picture(folder: Path, item: str) -> Path:
+    """The file of a result: an item is relative to its source."""
+    path = folder / item
+    return path if path.exists() else next(folder.rglob(Path(item).name))
+
+
+def read_truths(samples: Path) -> dict[str, Any]:
+    """What the phantoms really show, by item, as `training.phantoms` wrote it beside them."""
+    from training.phantoms import read_truth_captions
+
+    return read_truth_captions(samples / "pacs-export")

@@ -1,0 +1,185 @@
+"""From a command line to a submission: which checkpoint, which settings, which producer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from readroom.errors import BadCall
+from readroom.records import FoundImage, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
+from readroom.settings import Settings
+
+if TYPE_CHECKING:
+    from db.session import Store
+    from db.submissions import SubmissionPlan
+    from models.checkpoint import CheckpointSource
+
+DEFAULT_BLIP = "Salesforce/blip-image-captioning-base"
+
+# Left out by policy: the export is fine, these are just not what is drafted. Everything else names damage or a
+# refusal that somebody should look at, and makes `enqueue` end with exit status 1.
+EXPECTED_REASONS = frozenset(
+    {
+        "not_dicom",
+        "not_image",
+        "other_modality",
+        "for_processing",
+        "secondary_capture",
+        "burned_in",
+        "not_chest",
+        "duplicate",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What one `enqueue` was asked: `source_kind` is pacs, coco, mimic or images; `options` belong to that producer."""
+
+    source_kind: str
+    path: Path
+    priority: Priority
+    captioner: str = "blip"
+    model: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    dry_run: bool = False
+
+
+def run_intake(
+    settings: Settings, intake: Intake, report: Callable[[str, int], None] | None = None
+) -> SubmissionCounts:
+    """Enqueue one source; `report(event, items)` hears how far it is.
+
+    Raises BadCall when the path does not exist, BrokerError and StoreError when these do not answer.
+    """
+    from db.session import open_store, store_url
+
+    if not intake.path.exists():
+        raise BadCall(f"nothing stands at {intake.path}", "Give the folder, archive or file to enqueue.")
+    prepare_home(settings)
+    store = open_store(store_url(settings))
+    try:
+        return submit_intake(settings, store, intake, report)
+    finally:
+        store.close()
+
+
+def submit_intake(
+    settings: Settings, store: Store, intake: Intake, report: Callable[[str, int], None] | None
+) -> SubmissionCounts:
+    """Scan, commit the rows, publish the ids."""
+    from producer.enqueue import enqueue
+    from readroom.broker import broker_url
+    from readroom.transport import make_celery, publish, queue_depths
+
+    plan = plan_submission(settings, store, intake)
+    app = None if intake.dry_run else make_celery(settings, broker_url(settings, start=True))
+
+    def publish_ids(kind: JobKind, priority: Priority, ids: list[int]) -> int:
+        return publish(app, kind, priority, ids, settings.ids_per_message)
+
+    def measure_depth() -> int:
+        return sum(queue_depths(app).values())
+
+    return enqueue(
+        settings,
+        store,
+        scan_source(settings, intake),
+        plan,
+        publish=publish_ids,
+        depth=measure_depth,
+        progress=report,
+        dry_run=intake.dry_run,
+    )
+
+
+def plan_submission(settings: Settings, store: Store, intake: Intake) -> SubmissionPlan:
+    """The submission as it is remembered: checkpoint and generation settings are fixed here, once."""
+    from db.submissions import SubmissionPlan
+
+    source = choose_checkpoint(settings, store, intake.captioner, intake.model)
+    return SubmissionPlan(
+        source_kind=intake.source_kind,
+        source=str(intake.path.resolve()),
+        priority=intake.priority,
+        captioner=intake.captioner,
+        checkpoint=source.ref,
+        settings=choose_generation(settings, source),
+        kinds=(JobKind.CAPTION,),
+        options=dict(intake.options),
+    )
+
+
+def choose_checkpoint(settings: Settings, store: Store, family: str, model: str | None) -> CheckpointSource:
+    """The checkpoint by name: the command's, the setting's, the registry's active one, else BLIP-base from the hub.
+
+    It is put into the registry, so that workers find it by its ref.
+    """
+    from db.checkpoints import active_checkpoint, find_checkpoint
+    from models.checkpoint import resolve_checkpoint
+    from readroom.registry import record_source
+
+    name = model or settings.blip_model
+    known = find_checkpoint(store, name) if name else active_checkpoint(store, family)
+    if known is not None:
+        return resolve_checkpoint(known.location)
+    source = name_model(settings, model)
+    record_source(store, source)
+    return source
+
+
+def name_model(settings: Settings, model: str | None) -> CheckpointSource:
+    """The checkpoint by name where no registry is asked."""
+    from models.checkpoint import resolve_checkpoint
+
+    return resolve_checkpoint(model or settings.blip_model or DEFAULT_BLIP)
+
+
+def choose_generation(settings: Settings, source: CheckpointSource) -> GenerationSettings:
+    """The checkpoint's own generation settings, with what READROOM_NUM_BEAMS and _MAX_NEW_TOKENS change."""
+    from models.checkpoint import default_generation
+
+    chosen = default_generation(source)
+    if settings.num_beams is not None:
+        chosen = replace(chosen, num_beams=settings.num_beams)
+    if settings.max_new_tokens is not None:
+        shortest = min(chosen.min_new_tokens, settings.max_new_tokens)
+        chosen = replace(chosen, max_new_tokens=settings.max_new_tokens, min_new_tokens=shortest)
+    return chosen
+
+
+def scan_source(settings: Settings, intake: Intake) -> Iterator[FoundImage | SkippedItem]:
+    """The producer of this kind of source, started."""
+    options = dict(intake.options)
+    match intake.source_kind:
+        case "pacs":
+            from producer.pacs import scan_export
+
+            return scan_export(intake.path, settings)
+        case "coco":
+            from producer.coco import read_coco
+
+            return read_coco(intake.path, **options)
+        case "mimic":
+            from producer.mimic import scan_mimic
+
+            return scan_mimic(intake.path, **options)
+        case "images":
+            from producer.images import scan_images
+
+            return scan_images(intake.path)
+    raise BadCall(f"no producer reads {intake.source_kind}")
+
+
+def damaged_items(skipped: Iterable[SkippedItem]) -> list[SkippedItem]:
+    """The skipped items that somebody should look at (not those left out by policy)."""
+    return [item for item in skipped if item.reason not in EXPECTED_REASONS]
+
+
+def prepare_home(settings: Settings) -> Path:
+    """Make the home folder, closed to other users: store, spool and logs below it hold patients' data."""
+    home = settings.home_dir
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return home

@@ -1,0 +1,63 @@
+"""Putting checkpoints into the registry that workers serve from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from readroom.errors import BadCall
+from readroom.settings import Settings
+
+if TYPE_CHECKING:
+    from db.checkpoints import CheckpointRecord
+    from db.session import Store
+    from models.checkpoint import CheckpointSource
+
+
+def register_checkpoint(
+    settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
+) -> CheckpointRecord:
+    """Verify, copy under the home, and record a checkpoint; `activate` serves it to new jobs.
+
+    Raises CheckpointMissing, CheckpointBroken, or BadCall when `--convert` meets something else than a .pth file.
+    """
+    from db.checkpoints import get_checkpoint, set_active
+
+    found = convert_source(settings, source) if convert else find_source(settings, source)
+    record_source(store, replace(found, name=name) if name else found)
+    if activate:
+        set_active(store, found.ref)
+    record = get_checkpoint(store, found.ref)
+    assert record is not None  # it was added above, and nothing deletes checkpoints
+    return record
+
+
+def find_source(settings: Settings, source: str) -> CheckpointSource:
+    """A checkpoint by name; a folder with a manifest is verified and copied to `<home>/checkpoints/<digest>`."""
+    from models.checkpoint import publish_folder, resolve_checkpoint
+
+    found = resolve_checkpoint(source)
+    if found.manifest is None or source == "bundled":
+        return found
+    return replace(found, location=str(publish_folder(found.location, settings.home_dir / "checkpoints")))
+
+
+def convert_source(settings: Settings, source: str) -> CheckpointSource:
+    """An original BLIP .pth, converted into `<home>/checkpoints/<digest>`."""
+    from models.convert import convert_blip
+
+    path = Path(source)
+    if not path.is_file():
+        raise BadCall("--convert needs a .pth file", "Leave --convert out for folders and hub ids.")
+    folder = convert_blip(path, settings.home_dir / "checkpoints")
+    return find_source(settings, str(folder))
+
+
+def record_source(store: Store, source: CheckpointSource) -> None:
+    """Write the checkpoint's row; nothing happens when its ref is known already."""
+    from db.checkpoints import CheckpointRecord, add_checkpoint
+
+    manifest = source.manifest.as_json() if source.manifest else {}
+    add_checkpoint(store, CheckpointRecord(ref=source.ref, family=source.family, name=source.name,
+                                           location=source.location, state="candidate", manifest=manifest))  # fmt: skip
