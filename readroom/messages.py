@@ -38,7 +38,7 @@ def parse_payload(payload: Any) -> JobMessage:
     """
     if not isinstance(payload, dict) or payload.get("v") != MESSAGE_VERSION:
         raise BadCall("a message of another format or version", "Run producers and workers of the same release.")
-    if payload.get("kind") not in set(JobKind):
+    if payload.get("kind") not in list(JobKind):
         raise BadCall("a message of an unknown job kind")
     ids = payload.get("jobs")
     if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_IDS_PER_MESSAGE or not all(map(_is_job_id, ids)):

@@ -18,8 +18,9 @@ from readroom.errors import SettingsError
 PREFIX = "READROOM_"
 SECRET_SETTINGS = ("broker_url", "database_url", "broker_password", "flower_password")
 MEBIBYTE = 1024 * 1024
-# 64 ids of 10 digits are 700 bytes of JSON; base64 and Celery's headers bring a message to about 1.9 kB (< 2 kB).
-MAX_IDS_PER_MESSAGE = 64
+# 32 ids of 10 digits are 384 bytes of JSON, 512 in base64, 352 once more in Celery's description of the arguments;
+# with 0.9 kB of headers a message stays below 2 kB.
+MAX_IDS_PER_MESSAGE = 32
 
 
 class Settings(BaseSettings):
