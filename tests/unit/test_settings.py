@@ -1,0 +1,75 @@
+"""Settings are read once, loudly, and their secrets stay secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from readroom import messages
+from readroom.errors import SettingsError
+from readroom.settings import MAX_IDS_PER_MESSAGE, SECRET_SETTINGS, Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("READROOM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_need_no_environment() -> None:
+    settings = load_settings()
+    assert settings.broker_url is None
+    assert settings.home_dir == Path.home() / ".readroom"
+
+
+def test_environment_and_dotenv_are_read_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("READROOM_MAX_BATCH=7\nREADROOM_LEASE_S=9\n")
+    monkeypatch.setenv("READROOM_MAX_BATCH", "11")
+    settings = load_settings()
+    assert (settings.max_batch, settings.lease_s) == (11, 9)
+
+
+def test_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READROOM_BROKER_URL", "")
+    assert load_settings().broker_url is None
+
+
+def test_wrong_value_is_named_and_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READROOM_MAX_BATCH", "hunter2")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert "READROOM_MAX_BATCH" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SECRET_SETTINGS)
+def test_secret_is_read_from_a_file_and_hidden_in_reprs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret").write_text("s3cret\n")
+    monkeypatch.setenv(f"READROOM_{name.upper()}_FILE", str(tmp_path / "secret"))
+    settings = load_settings()
+    assert getattr(settings, name).get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(settings)
+
+
+def test_unreadable_secret_file_is_a_settings_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("READROOM_BROKER_URL_FILE", str(tmp_path / "absent"))
+    with pytest.raises(SettingsError, match="READROOM_BROKER_URL_FILE"):
+        load_settings()
+
+
+def test_every_setting_has_a_meaning() -> None:
+    fields = Settings.model_fields
+    assert len(fields) > 30
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_the_limit_of_ids_is_one_number() -> None:
+    assert messages.MAX_IDS_PER_MESSAGE == MAX_IDS_PER_MESSAGE
