@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError
+from redis.retry import Retry
 
 from readroom.errors import BrokerError
 from readroom.settings import Settings
@@ -33,8 +35,10 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.02
 PORT_TRIES = 5
+PORT_TIMEOUT_S = 1.0
 # Between its start and its first answer a server refuses connections for some milliseconds.
 LISTEN_TIMEOUT_S = 5.0
+ONCE = Retry(NoBackoff(), 0)
 _started: dict[int, subprocess.Popen[bytes]] = {}  # ours to reap, else they stay zombies
 
 CONFIG = """\
@@ -160,7 +164,7 @@ def _wait_ready(handle: BrokerHandle) -> bool:
     begin = time.monotonic()
     while _is_server(handle.pid) and time.monotonic() < begin + START_TIMEOUT_S:
         try:
-            with Redis.from_url(handle.url, socket_timeout=1.0, socket_connect_timeout=1.0) as client:
+            with Redis.from_url(handle.url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=ONCE) as client:
                 return int(client.info("server")["process_id"]) == handle.pid
         except BusyLoadingError:
             pass  # it reads its append-only file
@@ -203,12 +207,29 @@ def _read_command(pid: int) -> str:
 def _choose_port(folder: Path) -> int:
     """The port of last time, so that clients of a restarted broker find it again; else a free one."""
     port = _read_number(folder / "port")
-    if not port:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = int(probe.getsockname()[1])
-        _write_private(folder / "port", str(port))
+    if port and _wait_free(port):
+        return port
+    port = _bind_port(0)
+    _write_private(folder / "port", str(port))
     return port
+
+
+def _wait_free(port: int) -> bool:
+    """Whether a port can be had; a server that was just killed still holds it for some milliseconds."""
+    deadline = time.monotonic() + PORT_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            return bool(_bind_port(port))
+        except OSError:
+            time.sleep(POLL_S)
+    return False
+
+
+def _bind_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((HOST, port))
+        return int(probe.getsockname()[1])
 
 
 def _make_url(port: int, password: str) -> str:

@@ -46,7 +46,7 @@ def test_the_broker_asks_for_a_password_that_only_the_owner_can_read(home: Path)
     handle = broker.start_broker(home)
 
     with pytest.raises(AuthenticationError):
-        Redis(port=handle.port).ping()
+        Redis(port=handle.port, retry=broker.ONCE).ping()
     for name in ("password", "valkey.conf"):
         assert stat.S_IMODE((home / "broker" / name).stat().st_mode) == 0o600
     assert stat.S_IMODE((home / "broker").stat().st_mode) == 0o700
