@@ -73,6 +73,7 @@ bench: $(STAMP) ## Measure the queue against plain Celery and celery-batches.
 
 docs: $(STAMP) ## Write the generated pages and check that the pages tell the truth.
 	@$(BIN)/python -m readroom.configuration > docs/configuration.md
+	@$(BIN)/python -m readroom.manual > docs/commands.md
 	@$(BIN)/python -m pytest tests/docs -m "not slow"
 
 clean: ## Remove .venv, caches and the demo's output. State under READROOM_HOME stays.
