@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ DEFAULT_PROFILE = "dicom_voi_v1"
 # The normalisation of CLIP, which BLIP was trained with (github.com/salesforce/BLIP, data/__init__.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# BLIP's configs/caption_coco.yaml: 3 beams, prompt "a picture of ", 5 to 20 tokens. Its lengths count the start token
+# and the prompt's three, ours count new tokens: 20 - 4 = 16 and 5 - 4 = 1.
+BLIP_CAPTION = GenerationSettings(num_beams=3, max_new_tokens=16, min_new_tokens=1, prompt="a picture of ")
+# BLIP's models/blip_vqa.py: 3 beams, at most 10 tokens with the start token.
+BLIP_ANSWER = GenerationSettings(num_beams=3, max_new_tokens=9, min_new_tokens=1)
 
 # What a loader of a checkpoint folder may read. A file of these kinds that no manifest names is refused: it could be
 # a tokenizer somebody slipped in, or code.
@@ -103,6 +108,12 @@ class CheckpointSource:
     location: str
     manifest: Manifest | None = None
 
+    @property
+    def caption_defaults(self) -> GenerationSettings:
+        """How it captions unless told otherwise: its manifest's settings, else those its family was published with."""
+        published = BLIP_CAPTION if self.family == "blip" else GenerationSettings()
+        return (self.manifest.defaults if self.manifest else None) or published
+
 
 # Names and places ----------------------------------------------------------------------------------------------------
 
@@ -138,6 +149,15 @@ def resolve_folder(folder: Path, name: str = "") -> CheckpointSource:
         return _resolve_plain(folder, name)
     manifest = read_manifest(folder)
     return CheckpointSource(manifest.ref, manifest.family, name or manifest.name, str(folder), manifest)
+
+
+def adjust_settings(defaults: GenerationSettings, **changes: Any) -> GenerationSettings:
+    """Settings with some fields replaced; a change to None changes nothing.
+
+    The least length gives way to a shorter greatest one.
+    """
+    changed = replace(defaults, **{key: value for key, value in changes.items() if value is not None})
+    return replace(changed, min_new_tokens=min(changed.min_new_tokens, changed.max_new_tokens))
 
 
 def parse_dummy(name: str) -> dict[str, float]:
@@ -184,8 +204,10 @@ def _guess_family(repo: str) -> str:
 
 
 def _resolve_plain(folder: Path, name: str) -> CheckpointSource:
-    files = {entry.name: hash_file(entry) for entry in _list_files(folder) if entry.suffix in HASHED_SUFFIXES}
     family = str(read_json(folder / "config.json").get("model_type", ""))
+    if not family:
+        raise CheckpointBroken("this folder holds no config.json that names a model_type")
+    files = {entry.name: hash_file(entry) for entry in _list_files(folder) if entry.suffix in HASHED_SUFFIXES}
     return CheckpointSource(f"sha256:{digest_files(files)}", family, name or folder.name, str(folder))
 
 
@@ -226,15 +248,19 @@ def write_manifest(folder: Path | str, **described: Any) -> Manifest:
     return manifest
 
 
-def verify_folder(folder: Path | str) -> Manifest:
+def verify_folder(folder: Path | str, allow_links: bool = False) -> Manifest:
     """Read every file a manifest names and compare size and SHA-256; refuse loadable files it does not name.
 
-    Raises CheckpointBroken naming the file.
+    `allow_links` is for the hub's cache, which is made of links. Raises CheckpointBroken naming the file.
     """
     folder = Path(folder)
+    if not allow_links:
+        _refuse_link(folder / MANIFEST_NAME)
     manifest = read_manifest(folder)
     _refuse_extra(folder, manifest)
     for name, entry in manifest.files.items():
+        if not allow_links:
+            _refuse_link(folder / name)
         _verify_file(folder / name, entry)
     return manifest
 
@@ -275,8 +301,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most MAX_MANIFEST_BYTES, {} where there is no file. Raises CheckpointBroken."""
     if not path.exists():
         return {}
-    if path.is_symlink() and path.name == MANIFEST_NAME:
-        raise CheckpointBroken(f"{path.name} is a link")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointBroken(f"{path.name} is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
@@ -289,13 +313,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _list_files(folder: Path) -> list[Path]:
-    # Links are allowed here (the hub's cache is made of them); a manifest's folder is checked in _verify_file.
+    # Links are allowed here (the hub's cache is made of them); a manifest's folder is checked in verify_folder.
     return sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise CheckpointBroken(f"{path.name} is a link; a checkpoint holds its files itself")
+
+
+def _verify_file(path: Path, entry: FileEntry) -> None:
     if not path.is_file():
         raise CheckpointBroken(f"{path.name} is missing", "Fetch the checkpoint again.")
     if path.stat().st_size != entry.bytes:

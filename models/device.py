@@ -33,7 +33,7 @@ def pick_precision(precision: str) -> torch.dtype:
 
 
 @contextmanager
-def translate_errors() -> Iterator[None]:
+def translate_device_errors() -> Iterator[None]:
     """Turn torch's errors about memory and devices into OutOfMemory and DeviceBroken; let all others through."""
     try:
         yield

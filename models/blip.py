@@ -1,0 +1,411 @@
+"""BLIP (Li et al. 2022, arXiv 2201.12086) on transformers' classes: captions and visual questions.
+
+Pictures travel as uint8 and are normalised on the device: a quarter of the bytes. torchvision is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, GenerationConfig
+
+from models.base import Picture, run_answerer, run_captioner
+from models.checkpoint import (
+    BLIP_ANSWER,
+    BLIP_CAPTION,
+    CLIP_MEAN,
+    CLIP_STD,
+    DEFAULT_PROFILE,
+    MANIFEST_NAME,
+    CheckpointSource,
+    Manifest,
+    read_json,
+    refuse_pickles,
+    resolve_folder,
+    verify_folder,
+)
+from models.device import pick_device, pick_precision, translate_device_errors
+from models.pixels import to_model_input
+from readroom.errors import BadCall, CheckpointBroken
+from readroom.records import GeneratedText, GenerationSettings
+
+MAX_QUESTION_TOKENS = 35  # as in models/blip_vqa.py
+# Buffers that old checkpoints carry and the classes compute.
+COMPUTED_SUFFIX = "position_ids"
+Floats = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BlipParts:
+    """A loaded BLIP and what belongs to it; made by `load_parts`."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: str
+    profile: str
+    image_size: int
+    mean: Floats
+    std: Floats
+    defaults: GenerationSettings
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionBatch:
+    """Pictures (N, S, S, 3) uint8 on the host."""
+
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBatch:
+    """Pictures (N, S, S, 3) uint8, question tokens and their mask (N, T) on the host."""
+
+    pixels: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlipRaw:
+    """New tokens (N, T), without the prompt, and a score each; on the host."""
+
+    tokens: torch.Tensor
+    scores: tuple[float, ...]
+
+
+class BlipCaptioner:
+    """Captions pictures with a `BlipForConditionalGeneration`."""
+
+    family = "blip"
+
+    def __init__(self, parts: BlipParts) -> None:
+        self.parts = parts
+        self.checkpoint = parts.checkpoint
+        self.profile = parts.profile
+        self.image_size = parts.image_size
+        self.defaults = parts.defaults
+
+    def prepare(self, images: Sequence[Picture]) -> CaptionBatch:
+        """Stack pictures, sizing those that are not `image_size` square RGB yet."""
+        return CaptionBatch(stack_pictures(images, self.image_size))
+
+    def generate(self, batch: CaptionBatch, settings: GenerationSettings) -> BlipRaw:
+        """Greedy or beam search from the prompt. Raises OutOfMemory, DeviceBroken, BadCall (prompt too long)."""
+        prompt = start_tokens(self.parts, settings.prompt)
+        config = search_config(self.parts, settings, len(prompt))
+        with translate_device_errors(), torch.inference_mode():
+            pixels = normalise_pixels(batch.pixels, self.parts)
+            # transformers drops the last token, which it takes for the [SEP] its tokenizer appends.
+            ids = torch.tensor([[*prompt, 0]], device=self.parts.device).repeat(len(pixels), 1)
+            out = self.parts.model.generate(
+                pixels, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+            return collect_tokens(out, len(prompt), end_token(self.parts))
+
+    def finish(self, raw: BlipRaw) -> list[GeneratedText]:
+        """Texts up to the end-of-sequence token, without special tokens."""
+        return decode_tokens(raw, self.parts)
+
+    def warm_up(self) -> None:
+        """Caption one grey picture with two tokens."""
+        grey = np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8)
+        run_captioner(self, [grey], GenerationSettings(self.defaults.num_beams, 2, 1, self.defaults.prompt))
+
+
+class BlipAnswerer:
+    """Answers questions about pictures with a `BlipForQuestionAnswering`."""
+
+    family = "blip"
+
+    def __init__(self, parts: BlipParts) -> None:
+        self.parts = parts
+        self.checkpoint = parts.checkpoint
+        self.profile = parts.profile
+        self.image_size = parts.image_size
+        self.defaults = parts.defaults
+
+    def prepare(self, images: Sequence[Picture], questions: Sequence[str]) -> AnswerBatch:
+        """Stack pictures and tokenize their questions, one each, at most 35 tokens. Raises BadCall."""
+        if len(images) != len(questions) or not all(question.strip() for question in questions):
+            raise BadCall("one question a picture is needed")
+        tokens = tokenize_questions(self.parts, questions)
+        return AnswerBatch(stack_pictures(images, self.image_size), tokens["input_ids"], tokens["attention_mask"])
+
+    def generate(self, batch: AnswerBatch, settings: GenerationSettings) -> BlipRaw:
+        """Encode picture and question, then search an answer. Raises OutOfMemory, DeviceBroken.
+
+        Not `model.generate`: that lets the answer attend to the padding of shorter questions, so that an answer would
+        depend on its batch.
+        """
+        model, device = self.parts.model, self.parts.device
+        config = search_config(self.parts, settings, 1)
+        with translate_device_errors(), torch.inference_mode():
+            mask = batch.attention_mask.to(device)
+            states = encode_questions(
+                model, normalise_pixels(batch.pixels, self.parts), batch.input_ids.to(device), mask
+            )
+            start = torch.full((len(states), 1), model.decoder_start_token_id, device=device)
+            out = model.text_decoder.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                generation_config=config,
+            )
+            return collect_tokens(out, 1, end_token(self.parts))
+
+    def finish(self, raw: BlipRaw) -> list[GeneratedText]:
+        """Texts up to the end-of-sequence token, without special tokens."""
+        return decode_tokens(raw, self.parts)
+
+    def warm_up(self) -> None:
+        """Ask one question about a grey picture."""
+        grey = np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8)
+        run_answerer(self, [grey], ["what is this?"], GenerationSettings(self.defaults.num_beams, 2, 1))
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def stack_pictures(images: Sequence[Picture], size: int) -> torch.Tensor:
+    """uint8 (N, size, size, 3) on the host."""
+    ready = [image if image.shape == (size, size, 3) else to_model_input(image, size) for image in images]
+    return torch.from_numpy(np.stack(ready))
+
+
+def normalise_pixels(pixels: torch.Tensor, parts: BlipParts) -> torch.Tensor:
+    """(x / 255 - mean) / std as (N, 3, S, S) in the model's number format, on its device; computed in float32."""
+    shades = pixels.to(parts.device).permute(0, 3, 1, 2).to(torch.float32) / 255
+    mean = torch.tensor(parts.mean, device=parts.device).view(1, 3, 1, 1)
+    std = torch.tensor(parts.std, device=parts.device).view(1, 3, 1, 1)
+    return ((shades - mean) / std).to(parts.model.dtype).contiguous()
+
+
+def start_tokens(parts: BlipParts, prompt: str) -> list[int]:
+    """The start token and the prompt's tokens."""
+    ids = parts.tokenizer(prompt, add_special_tokens=False).input_ids if prompt.strip() else []
+    return [parts.model.config.text_config.bos_token_id, *ids]
+
+
+def end_token(parts: BlipParts) -> int:
+    """BLIP ends a text with BERT's [SEP]."""
+    return int(parts.model.config.text_config.sep_token_id)
+
+
+def search_config(parts: BlipParts, settings: GenerationSettings, prompt_length: int) -> GenerationConfig:
+    """The search, complete, so that nothing in a checkpoint's generation_config.json has a say.
+
+    Lengths stop at the last position the model has: one more would be a device-side assert on CUDA.
+    """
+    room = int(parts.model.config.text_config.max_position_embeddings) - prompt_length
+    if room < 1:
+        raise BadCall("the prompt is longer than the model's texts")
+    longest = min(settings.max_new_tokens, room)
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=settings.num_beams,
+        max_new_tokens=longest,
+        min_new_tokens=min(settings.min_new_tokens, longest),
+        eos_token_id=end_token(parts),
+        pad_token_id=int(parts.model.config.text_config.pad_token_id),
+        return_dict_in_generate=True,
+        output_logits=settings.num_beams == 1,
+        output_scores=settings.num_beams > 1,  # without it beams come back without their scores
+    )
+
+
+def encode_questions(model: Any, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """States (N, T, width) of questions that have seen their pictures."""
+    seen = model.vision_model(pixel_values=pixels)[0]
+    seen_mask = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
+    states = model.text_encoder(
+        input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=seen_mask
+    )
+    return states[0]  # type: ignore[no-any-return]
+
+
+def tokenize_questions(parts: BlipParts, questions: Sequence[str]) -> Any:
+    """Padded tokens; the first is [ENC] where the tokenizer knows it, as BLIP was trained.
+
+    The hub's tokenizers do not, and transformers leaves [CLS] there (its issue 22732); we do as it does then.
+    """
+    longest = min(MAX_QUESTION_TOKENS, int(parts.model.config.text_config.max_position_embeddings))
+    tokens = parts.tokenizer(
+        [question.strip() for question in questions],
+        padding="longest",
+        truncation=True,
+        max_length=longest,
+        return_tensors="pt",
+    )
+    encoder_token = parts.tokenizer.get_vocab().get("[ENC]")
+    if encoder_token is not None:
+        tokens["input_ids"][:, 0] = encoder_token
+    return tokens
+
+
+def collect_tokens(out: Any, prompt_length: int, end: int) -> BlipRaw:
+    """New tokens and scores of a search, on the host.
+
+    A score is the mean log-probability of the new tokens, the end token included. With beams that is transformers'
+    `sequences_scores` (sum over length ** 1.0); greedy search is brought to the same from its logits.
+    """
+    tokens = out.sequences[:, prompt_length:]
+    scores = out.get("sequences_scores")
+    if scores is None:
+        scores = mean_logprob(tokens, out.logits, end)
+    return BlipRaw(tokens.cpu(), tuple(scores.float().cpu().tolist()))
+
+
+def mean_logprob(tokens: torch.Tensor, logits: Sequence[torch.Tensor], end: int) -> torch.Tensor:
+    """Mean log-probability (N,) of tokens (N, T) up to and with the first `end`, from T logits (N, vocabulary)."""
+    steps = [
+        torch.log_softmax(step.float(), dim=-1).gather(1, tokens[:, number, None])[:, 0]
+        for number, step in enumerate(logits)
+    ]
+    before_end = ((tokens == end).cumsum(dim=1) - (tokens == end).long()) == 0
+    return (torch.stack(steps, dim=1) * before_end).sum(dim=1) / before_end.sum(dim=1)
+
+
+def decode_tokens(raw: BlipRaw, parts: BlipParts) -> list[GeneratedText]:
+    """Tokens up to the first end token as texts."""
+    end = end_token(parts)
+    rows = [row[: row.index(end)] if end in row else row for row in raw.tokens.tolist()]
+    texts = parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [GeneratedText(text.strip(), score) for text, score in zip(texts, raw.scores, strict=True)]
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def load_blip_captioner(source: CheckpointSource, device: str = "auto", precision: str = "float32") -> BlipCaptioner:
+    """Load a captioning BLIP. Raises CheckpointMissing, CheckpointBroken, BadCall."""
+    return BlipCaptioner(load_parts(source, device, precision, BlipForConditionalGeneration, BLIP_CAPTION))
+
+
+def load_blip_answerer(source: CheckpointSource, device: str = "auto", precision: str = "float32") -> BlipAnswerer:
+    """Load a question answering BLIP. Raises CheckpointMissing, CheckpointBroken, BadCall."""
+    return BlipAnswerer(load_parts(source, device, precision, BlipForQuestionAnswering, BLIP_ANSWER))
+
+
+def load_parts(
+    source: CheckpointSource, device: str, precision: str, kind: Any, defaults: GenerationSettings
+) -> BlipParts:
+    """Fetch, verify and load; the manifest's word counts before the hub's files, those before BLIP's own habits."""
+    place, dtype = pick_device(device), pick_precision(precision)
+    folder = find_folder(source)
+    refuse_pickles(folder)
+    manifest = verify_folder(folder, allow_links=source.ref.startswith("hub:")) if has_manifest(folder) else None
+    check_identity(source, manifest, folder)
+    model = load_model(folder, kind, dtype)
+    tokenizer = load_tokenizer(folder, int(model.config.text_config.vocab_size))
+    mean, std = (manifest.mean, manifest.std) if manifest else read_normalisation(folder)
+    with translate_device_errors():
+        model = model.to(place).eval()
+    return BlipParts(
+        model=model,
+        tokenizer=tokenizer,
+        checkpoint=source.ref,
+        profile=manifest.preprocess if manifest else DEFAULT_PROFILE,
+        image_size=read_image_size(model, manifest),
+        mean=mean,
+        std=std,
+        defaults=(manifest.defaults if manifest else None) or defaults,
+        device=place,
+    )
+
+
+def find_folder(source: CheckpointSource) -> Path:
+    """The local folder of a checkpoint; hub ids are fetched."""
+    if not source.ref.startswith("hub:"):
+        return Path(source.location)
+    from models.hub import fetch_snapshot
+
+    return fetch_snapshot(source.location)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of ours rather than a plain hub folder."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def check_identity(source: CheckpointSource, manifest: Manifest | None, folder: Path) -> None:
+    """Raise when a folder no longer holds the checkpoint that was asked for: results would name the wrong one."""
+    if not source.ref.startswith("sha256:"):
+        return
+    if (manifest.ref if manifest else resolve_folder(folder).ref) != source.ref:
+        raise CheckpointBroken("the folder holds another checkpoint than the one asked for", "Add it again.")
+
+
+def load_model(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
+    """Weights from safetensors, every one of them used and none left random. Raises CheckpointBroken."""
+    check_architecture(folder, kind)
+    try:
+        model, found = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointBroken(
+            f"transformers cannot load these weights as {kind.__name__} ({type(error).__name__})",
+            "Check config.json and the *.safetensors files.",
+        ) from error
+    strange = [key for key in found["unexpected_keys"] if not key.endswith(COMPUTED_SUFFIX)]
+    wrong = sorted({*found["missing_keys"], *strange, *(str(key) for key, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise CheckpointBroken(f"weights do not fit {kind.__name__}: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+    # generate() fills what our search leaves open from here; checkpoints carry penalties and lengths in it
+    model.generation_config = model.text_decoder.generation_config = GenerationConfig()
+    return model
+
+
+def check_architecture(folder: Path, kind: Any) -> None:
+    """Raise when config.json names another class: a question answerer's weights would half load as a captioner."""
+    named = read_json(folder / "config.json").get("architectures") or [kind.__name__]
+    if kind.__name__ not in named:
+        raise CheckpointBroken(f"this checkpoint is a {named[0]}, not a {kind.__name__}")
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """The folder's tokenizer. Raises CheckpointBroken, also when it knows tokens the weights have no row for."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # tokenizers' Rust side raises bare Exception for a malformed file
+        raise CheckpointBroken(f"the tokenizer cannot be loaded ({type(error).__name__})") from error
+    if max(tokenizer.get_vocab().values()) >= vocabulary:
+        raise CheckpointBroken("the tokenizer knows more tokens than the weights have rows for")
+    return tokenizer
+
+
+def read_image_size(model: Any, manifest: Manifest | None) -> int:
+    """The side of the square the vision tower was built for, pixels."""
+    side = int(model.config.vision_config.image_size)
+    if manifest and manifest.image_size != side:
+        raise CheckpointBroken("manifest: image_size is not the one of config.json")
+    return side
+
+
+def read_normalisation(folder: Path) -> tuple[Floats, Floats]:
+    """Mean and standard deviation from preprocessor_config.json, CLIP's where it says nothing."""
+    config = read_json(folder / "preprocessor_config.json")
+    if config.get("do_normalize", True) is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return _read_triple(config, "image_mean", CLIP_MEAN), _read_triple(config, "image_std", CLIP_STD)
+
+
+def _read_triple(config: dict[str, Any], key: str, default: Floats) -> Floats:
+    value: npt.NDArray[np.float64] = np.asarray(config.get(key, default), dtype=object)
+    try:
+        first, second, third = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise CheckpointBroken(f"preprocessor_config.json: {key} is not three numbers") from None
+    return first, second, third
