@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -100,7 +101,7 @@ def start_process(command: list[str], environment: dict[str, str]) -> subprocess
 
 def child_environment() -> dict[str, str]:
     """What a child needs to find our modules, and nothing else: no passwords, no settings of ours."""
-    folders = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109
+    folders = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     return {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
 
 
