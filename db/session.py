@@ -1,0 +1,208 @@
+"""Opening the store: SQLite under the home, or PostgreSQL. Transactions, connections, their repair."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Column, Connection, Engine, Row, Table, create_engine, event, make_url
+from sqlalchemy.dialects.postgresql import insert as postgres_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import ArgumentError
+
+from db.faults import BUSY, translate_faults
+from readroom.errors import SettingsError, StoreUnavailable
+from readroom.settings import Settings
+
+SQLITE_NAME = "readroom.sqlite3"
+SQLITE_BUSY_S = 60.0  # a producer's transaction takes 0.1 s; a slow disk and a dozen processes may queue for seconds
+POSTGRES_TIMEOUT_S = 120.0  # no statement of ours takes that long; a server that says nothing is taken for gone
+POSTGRES_DRIVER = "postgresql+pg8000"
+WRITING = {"readroom_writing": True}
+
+
+def now() -> float:
+    """Seconds since 1970, UTC: the only clock of the store."""
+    return time.time()
+
+
+def store_url(settings: Settings) -> str:
+    """The store's URL: READROOM_DATABASE_URL with our driver, else SQLite under the home.
+
+    Raises SettingsError for another database or a malformed URL.
+    """
+    if settings.database_url is None:
+        return f"sqlite:///{settings.home_dir.absolute() / SQLITE_NAME}"
+    return name_driver(settings.database_url.get_secret_value())
+
+
+def name_driver(url: str) -> str:
+    """The same URL with the driver Readroom installs (`postgres://`, `postgresql://` and other drivers: pg8000)."""
+    try:
+        parsed = make_url(url.replace("postgres://", "postgresql://", 1) if url.startswith("postgres://") else url)
+    except (ArgumentError, ValueError):
+        raise SettingsError("READROOM_DATABASE_URL is no URL", "See docs/configuration.md.") from None
+    dialect = parsed.get_backend_name()
+    if dialect not in ("sqlite", "postgresql") or (dialect == "sqlite" and parsed.database in (None, "", ":memory:")):
+        raise SettingsError("READROOM_DATABASE_URL names neither PostgreSQL nor an SQLite file")
+    driver = POSTGRES_DRIVER if dialect == "postgresql" else "sqlite"
+    return parsed.set(drivername=driver).render_as_string(hide_password=False)
+
+
+class Store:
+    """A handle on the SQL store; safe to share between threads and to carry through a fork."""
+
+    def __init__(self, url: str) -> None:
+        self._url = make_url(name_driver(url))
+        self._start_engine()
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._url.get_backend_name()
+
+    @property
+    def location(self) -> str:
+        """The URL without its password."""
+        return self._url.render_as_string(hide_password=True)
+
+    @property
+    def path(self) -> Path | None:
+        """SQLite's file; None on PostgreSQL."""
+        return Path(self._url.database or "") if self.dialect == "sqlite" else None
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A connection in a write transaction: committed at the end, rolled back on any exception.
+
+        Raises StoreUnavailable (busy, full, connection lost) or StoreError.
+        """
+        engine = self._engine_here()
+        with translate_faults(), self._take_turn(), engine.connect() as connection:
+            connection.execution_options(**WRITING)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection that sees one state of the store (SQLite) or one per statement (PostgreSQL)."""
+        with translate_faults(), self._engine_here().connect() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Close every pooled connection. A later use opens new ones."""
+        with translate_faults():
+            self._engine_here().dispose()
+
+    def _engine_here(self) -> Engine:
+        if os.getpid() != self._pid:
+            # A fork shares its parent's sockets and file locks: leave them untouched (not even closed) and start anew.
+            self._forsaken = self._engine
+            self._start_engine()
+        return self._engine
+
+    def _start_engine(self) -> None:
+        self._pid = os.getpid()
+        self._engine = _create_engine(self._url)
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def _take_turn(self) -> Iterator[None]:
+        # SQLite has one writer. The threads of one process wait here, where the next one wakes at once, and not in
+        # SQLite's polling.
+        if self.dialect != "sqlite":
+            yield
+            return
+        turn = self._turn
+        if not turn.acquire(timeout=SQLITE_BUSY_S):
+            raise StoreUnavailable(*BUSY)
+        try:
+            yield
+        finally:
+            turn.release()
+
+
+def open_store(url: str, create: bool = True) -> Store:
+    """Open the store; with `create` make it and bring its tables up to this release.
+
+    Several processes may do so at once. Raises StoreError when it is missing (without `create`), older than this
+    release (without `create`) or newer than it.
+    """
+    from db.upgrade import check_store, upgrade_store
+
+    store = Store(url)
+    if create:
+        upgrade_store(store)
+    else:
+        check_store(store)
+    return store
+
+
+def insert_new(
+    connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], returning: Sequence[Column[Any]]
+) -> Sequence[Row[Any]]:
+    """Insert the rows that collide with none; the columns asked for of those that were inserted.
+
+    SQLAlchemy makes few statements of many rows out of it on both dialects (only with RETURNING on pg8000).
+    """
+    insert = sqlite_insert if connection.dialect.name == "sqlite" else postgres_insert
+    statement = insert(table).on_conflict_do_nothing().returning(*returning)
+    return connection.execute(statement, rows).all() if rows else []
+
+
+def _create_engine(url: URL) -> Engine:
+    # hide_parameters: SQLAlchemy would otherwise write a patient's rows into the text of its errors.
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(
+            url, hide_parameters=True, pool_size=8, max_overflow=56, connect_args={"timeout": SQLITE_BUSY_S}
+        )
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    url, arguments = _read_postgres_options(url)
+    return create_engine(
+        url, hide_parameters=True, pool_pre_ping=True, pool_size=8, max_overflow=56, connect_args=arguments
+    )
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transaction behind our back
+    for pragma in ("foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY", "cache_size=-32000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    if not connection.get_execution_options().get("readroom_writing"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # IMMEDIATE takes the write lock now: a transaction that reads first and then wants to write would fail at once
+    # with "database is locked" when another one has written in between, whatever the timeout.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _read_postgres_options(url: URL) -> tuple[URL, dict[str, Any]]:
+    """Translate libpq's `sslmode` and `host=/folder` from the URL's query into pg8000's arguments."""
+    arguments: dict[str, Any] = {"timeout": POSTGRES_TIMEOUT_S, "application_name": "readroom"}
+    mode = str(url.query.get("sslmode", ""))
+    if mode not in ("", "disable", "allow", "prefer"):
+        arguments["ssl_context"] = _build_ssl(mode)
+    folder = str(url.query.get("host", ""))
+    if folder.startswith("/"):
+        arguments["unix_sock"] = f"{folder}/.s.PGSQL.{url.port or 5432}"
+    return url.difference_update_query(["sslmode", "host"]), arguments
+
+
+def _build_ssl(mode: str) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if mode != "verify-full":
+        context.check_hostname = False
+    if mode == "require":
+        context.verify_mode = ssl.CERT_NONE  # libpq's meaning of `require`: encrypted, the server not verified
+    return context
