@@ -4,6 +4,7 @@ that `readroom enqueue` on a machine beside the PACS never loads torch."""
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ class ReadroomCommand(click.Group):
         except BrokenPipeError:  # `readroom results ... | head` closed the pipe: that is no failure
             sys.stderr.close()
             sys.exit(0)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:  # a bug of ours; Python's own traceback would print texts that may quote patients' files
+            logging.getLogger("readroom").exception("a bug in Readroom: please report these lines")
+            sys.exit(ITEMS_FAILED)
 
 
 def fail(error: ReadroomError, status: int) -> None:
@@ -110,7 +116,7 @@ def main() -> None:
     """
     from readroom.log import set_up_logging
 
-    set_up_logging(load_settings().log_level)
+    set_up_logging("WARNING")
 
 
 # ---------------------------------------------------------------------------------------------- the local stack
@@ -183,9 +189,12 @@ def worker(kinds: tuple[str, ...], concurrency: int | None, drain: bool) -> None
     \b
     SIGTERM  finishes the batch in hand and gives the rest back at once.
     """
+    from readroom.log import set_up_logging
     from worker.app import run_worker
 
-    sys.exit(run_worker(load_settings(), kinds=kinds, concurrency=concurrency, drain=drain))
+    settings = load_settings()
+    set_up_logging(settings.log_level)
+    sys.exit(run_worker(settings, kinds=kinds, concurrency=concurrency, drain=drain))
 
 
 @main.command()
@@ -417,7 +426,7 @@ def submissions(settings: Settings, store: Store, limit: int, as_json: bool) -> 
         return
     for record in records:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created_at))
-        click.echo(f"{record.id}  {made}  {record.source_kind:<6} {record.state:<10} found {record.found:,}")
+        click.echo(f"{record.id}  {made}  {record.plan.source_kind:<6} {record.state:<10} found {record.found:,}")
 
 
 @main.command()
@@ -474,7 +483,7 @@ def list_failures(
         print_json([asdict(row) for row in rows])
         return
     for row in rows:
-        click.echo(f"{row.id:>10}  {row.kind:<8} {row.attempt} attempts  {row.reason}  {row.detail}")
+        click.echo(f"{row.job:>8}  {row.kind:<8} {row.attempt} attempts  {row.reason:<18} {row.item}  {row.detail}")
     if not rows:
         click.echo("no dead letters")
 
@@ -622,8 +631,12 @@ def phantoms(layout: str, out: Path, count: int, seed: int) -> None:
     """Draw sample data with known truth: chest radiograph phantoms, or simple scenes in the COCO layout."""
     from training import phantoms as drawing
 
-    write = {"coco": drawing.write_coco, "pacs": drawing.write_pacs, "mimic": drawing.write_mimic}[layout]
-    write(out, count=count, seed=seed)
+    writers: dict[str, Callable[..., Any]] = {
+        "coco": drawing.write_coco,
+        "pacs": drawing.write_pacs,
+        "mimic": drawing.write_mimic,
+    }
+    writers[layout](out, count=count, seed=seed)
     click.echo(f"{count} drawn under {out}; try: readroom enqueue {layout} {out} --dry-run")
 
 

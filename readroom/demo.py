@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -67,18 +67,21 @@ def run_demo(output: Path, studies: int, scenes: int, seed: int, console: Consol
     timings = Timings()
     console.print("[bold]Readroom demo[/] for research, not a medical device")
     with timings.measure("draw the samples", console):
-        export, pictures = draw_samples(output / "samples", studies, scenes, seed)
+        samples = draw_samples(output / "samples", studies, scenes, seed)
     with timings.measure("start the broker and a worker", console):
         worker = start_worker(settings, output)
     try:
         with timings.measure("enqueue the PACS export and the COCO folder", console):
-            submissions = [submit_sample(settings, "pacs", export), submit_sample(settings, "coco", pictures)]
+            submissions = [
+                submit_sample(settings, "pacs", samples.export),
+                submit_sample(settings, "coco", samples.scenes),
+            ]
         with timings.measure("caption", console):
             wait_for_jobs(settings, submissions, worker, console)
     finally:
         with timings.measure("stop the worker and the broker", console):
             stop_all(settings, worker)
-    return show_outcome(settings, output, submissions, timings, console)
+    return show_outcome(settings, output, samples, submissions, timings, console)
 
 
 def clear_output(output: Path) -> None:
@@ -104,15 +107,24 @@ def demo_settings(output: Path) -> Settings:
     return load_settings(_env_file=None)
 
 
-def draw_samples(folder: Path, studies: int, scenes: int, seed: int) -> tuple[Path, Path]:
-    """A PACS export with junk in it, and a COCO folder; returns both paths."""
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Where the samples are, and what each drawn picture really shows, by its path relative to its folder."""
+
+    export: Path
+    scenes: Path
+    truths: dict[str, str]
+
+
+def draw_samples(folder: Path, studies: int, scenes: int, seed: int) -> Samples:
+    """A PACS export with junk in it, and a COCO folder."""
     from training.phantoms import write_coco, write_pacs
 
-    export = folder / "pacs-export"
-    write_pacs(export, count=studies, seed=seed)
+    export, pictures = folder / "pacs-export", folder / "coco"
+    records = write_pacs(export, count=studies, seed=seed) + write_coco(pictures, count=scenes, seed=seed)
     add_junk(export)
-    write_coco(folder / "coco", count=scenes, seed=seed)
-    return export, folder / "coco"
+    truths = {record["path"]: record["caption"] for record in records if "caption" in record}
+    return Samples(export, pictures / "coco2017", truths)
 
 
 def add_junk(export: Path) -> None:
@@ -203,7 +215,12 @@ def stop_all(settings: Settings, worker: subprocess.Popen[bytes]) -> None:
 
 
 def show_outcome(
-    settings: Settings, output: Path, submissions: list[SubmissionCounts], timings: Timings, console: Console
+    settings: Settings,
+    output: Path,
+    samples: Samples,
+    submissions: list[SubmissionCounts],
+    timings: Timings,
+    console: Console,
 ) -> int:
     """Print captions, reasons and times, write the sheet; returns 0 when every job succeeded."""
     from db.jobs import list_failures
@@ -213,16 +230,16 @@ def show_outcome(
 
     store = open_store(store_url(settings))
     try:
-        records = [record for counts in submissions for record in iter_results(store, counts.submission)]
+        films, scenes = (list(iter_results(store, counts.submission)) for counts in submissions)
         counts = count_jobs(store, None)
         failed = list_failures(store)
     finally:
         store.close()
-    console.print(caption_table(records), skipped_table(submissions))
+    console.print(caption_table([*films, *scenes]), skipped_table(submissions))
     for row in failed:
-        console.print(f"[red]job {row.id} failed: {row.reason} {row.detail}[/]")
+        console.print(f"[red]job {row.job} failed: {row.reason} {row.detail}[/]")
     start = time.monotonic()
-    png, page = write_sheet(draw_entries(output, records), output, "Readroom demo", SHEET_NOTE)
+    png, page = write_sheet(draw_entries(samples, films, scenes), output, "Readroom demo", SHEET_NOTE)
     timings.parts.append(("draw the contact sheet", time.monotonic() - start))
     console.print(timing_table(timings))
     console.print(f"Contact sheet: [bold]{page}[/] and {png}")
@@ -261,30 +278,17 @@ def timing_table(timings: Timings) -> Table:
     return table
 
 
-def draw_entries(output: Path, records: list[ResultRecord]) -> list[SheetEntry]:
-    """A card for each result, rendered from its file as the model saw it; phantoms with their truth."""
+def draw_entries(samples: Samples, films: list[ResultRecord], scenes: list[ResultRecord]) -> list[SheetEntry]:
+    """A card for each result: the picture as the model saw it, the caption, and the truth where it was drawn."""
     from PIL import Image
 
     from models.pixels import render_file
 
-    truths = read_truths(output / "samples")
     entries = []
-    for record in records:
-        folder = output / "samples" / ("coco" if record.source_kind == "coco" else "pacs-export")
-        picture = Image.fromarray(render_file(find_picture(folder, record.item)))
-        truth = truths.get(Path(record.item).as_posix(), "")
-        entries.append(SheetEntry(picture, record.item, record.text, truth))
+    for folder, records in ((samples.export, films), (samples.scenes, scenes)):
+        for record in records:
+            truth = samples.truths.get(record.item)
+            detail = f"truth: {truth}" if truth else "a real film: its truth is not known"
+            picture = Image.fromarray(render_file(folder / record.item))
+            entries.append(SheetEntry(picture, record.item, record.text, detail))
     return entries
-
-
-def find_picture(folder: Path, item: str) -> Path:
-    """The file of a result: an item is relative to its source."""
-    path = folder / item
-    return path if path.exists() else next(folder.rglob(Path(item).name))
-
-
-def read_truths(samples: Path) -> dict[str, Any]:
-    """What the phantoms really show, by item, as `training.phantoms` wrote it beside them."""
-    from training.phantoms import read_truth_captions
-
-    return read_truth_captions(samples / "pacs-export")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 from readroom.errors import BadCall
 
@@ -28,7 +28,7 @@ def list_columns() -> list[str]:
     return [field.name for field in fields(ResultRecord)]
 
 
-def write_jsonl(records: Iterable[ResultRecord], out: TextIO) -> int:
+def write_jsonl(records: Iterable[ResultRecord], out: IO[str]) -> int:
     """One JSON object a line; returns the number of lines."""
     count = 0
     for count, record in enumerate(records, start=1):  # noqa: B007 - the count outlives the loop
@@ -36,7 +36,7 @@ def write_jsonl(records: Iterable[ResultRecord], out: TextIO) -> int:
     return count
 
 
-def write_csv(records: Iterable[ResultRecord], out: TextIO) -> int:
+def write_csv(records: Iterable[ResultRecord], out: IO[str]) -> int:
     """CSV with a header line; returns the number of records.
 
     Texts that a spreadsheet would run as a formula are quoted with an apostrophe (OWASP, CSV injection).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,15 +139,11 @@ def name_model(settings: Settings, model: str | None) -> CheckpointSource:
 
 def choose_generation(settings: Settings, source: CheckpointSource) -> GenerationSettings:
     """The checkpoint's own generation settings, with what READROOM_NUM_BEAMS and _MAX_NEW_TOKENS change."""
-    from models.checkpoint import default_generation
+    from models.checkpoint import adjust_settings
 
-    chosen = default_generation(source)
-    if settings.num_beams is not None:
-        chosen = replace(chosen, num_beams=settings.num_beams)
-    if settings.max_new_tokens is not None:
-        shortest = min(chosen.min_new_tokens, settings.max_new_tokens)
-        chosen = replace(chosen, max_new_tokens=settings.max_new_tokens, min_new_tokens=shortest)
-    return chosen
+    return adjust_settings(
+        source.caption_defaults, num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens
+    )
 
 
 def scan_source(settings: Settings, intake: Intake) -> Iterator[FoundImage | SkippedItem]:

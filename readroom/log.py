@@ -59,7 +59,8 @@ def set_up_logging(level: str = "INFO", stream: TextIO | None = None) -> None:
 
 
 def silence_quoting() -> None:
-    """Mute libraries whose messages quote file contents."""
+    """Mute libraries whose messages quote file contents, and quieten one that tells its own set-up."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     for name in QUOTING_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")

@@ -1,0 +1,212 @@
+"""The console command as a user meets it: real processes, real broker, real store."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from PIL import Image
+
+from readroom.cli import main
+from readroom.settings import load_settings
+from readroom.stack import read_state
+
+LIMIT_S = 120
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith("READROOM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("READROOM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("READROOM_BLIP_MODEL", "dummy")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def run(home: Path) -> Iterator[Run]:
+    """Run `readroom ...` as a process; the embedded broker it may have started is stopped afterwards."""
+
+    def run_command(*arguments: str, status: int | None = 0, **changes: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([sys.executable, "-m", "readroom.cli", *arguments], capture_output=True, text=True,
+                              env=os.environ | changes, timeout=LIMIT_S, check=False)  # fmt: skip
+        assert status is None or done.returncode == status, done.stdout + done.stderr
+        return done
+
+    yield run_command
+    run_command("down", status=None)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (32, 24), (number * 50, 10, 200)).save(folder / f"p{number}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def list_commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from list_commands(command, (*path, name))
+
+
+def test_every_command_explains_itself() -> None:
+    commands = dict(list_commands(main))
+    assert len(commands) >= 28
+    for path, command in commands.items():
+        assert command.help, path
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, (path, parameter.name)
+
+
+def test_images_become_captions_in_every_format(run: Run, pictures: Path, tmp_path: Path) -> None:
+    counts = json.loads(run("enqueue", "images", str(pictures), "--json").stdout)
+    assert set(counts) == {"submission", "found", "queued", "already_done", "skipped", "studies", "images"}
+    assert (counts["found"], counts["queued"], counts["images"], counts["already_done"]) == (6, 5, 5, 0)
+    assert [(item["item"], item["reason"]) for item in counts["skipped"]] == [("notes.txt", "not_image")]
+    submission = counts["submission"]
+
+    before = json.loads(run("status", submission, "--json").stdout)
+    assert before["jobs"]["queued"] == 5
+    run("worker", "--drain")
+    after = json.loads(run("status", submission, "--json").stdout)
+    assert after["jobs"]["succeeded"] == 5
+    assert after["open"] == 0
+
+    records = [json.loads(line) for line in run("results", submission).stdout.splitlines()]
+    assert sorted(record["item"] for record in records) == [f"p{number}.png" for number in range(5)]
+    assert all(record["text"] and record["checkpoint"].startswith("dummy") for record in records)
+    assert len({record["text"] for record in records}) == 5
+
+    run("results", submission, "--format", "csv", "-o", str(tmp_path / "out.csv"))
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert sorted(row["text"] for row in csv.DictReader(file)) == sorted(record["text"] for record in records)
+    run("results", submission, "--format", "parquet", "-o", str(tmp_path / "out.parquet"))
+    from pyarrow import parquet
+
+    assert parquet.read_table(tmp_path / "out.parquet").num_rows == 5
+    again = json.loads(run("enqueue", "images", str(pictures), "--json").stdout)
+    assert (again["queued"], again["already_done"]) == (0, 5)
+    assert len(run("results", again["submission"]).stdout.splitlines()) == 5
+
+
+def test_dry_run_enqueues_nothing(run: Run, pictures: Path, home: Path) -> None:
+    counts = json.loads(run("enqueue", "images", str(pictures), "--dry-run", "--json").stdout)
+    assert counts["images"] == 5
+    assert json.loads(run("status", "--json").stdout)["jobs"]["queued"] == 0
+    assert json.loads(run("submissions", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("enqueue", "pacs", "/nowhere/at/all"), "nothing stands at"),
+        (("status", "nosuch"), "no submission nosuch"),
+        (("results", "nosuch"), "no submission nosuch"),
+        (("failures", "show", "12"), "job 12 is no dead letter"),
+        (("failures", "requeue"), "say which dead letters"),
+        (("checkpoints", "show", "nosuch"), "no checkpoint nosuch"),
+        (("enqueue", "images", ".", "--priority", "yesterday"), "yesterday"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_bad_call_ends_with_status_2_and_says_why(run: Run, arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments, status=2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_setting_is_named(run: Run) -> None:
+    done = run("doctor", status=2, READROOM_LEASE_S="soon")
+    assert "READROOM_LEASE_S" in done.stderr
+
+
+def test_missing_model_is_an_error_with_a_remedy_and_never_the_bundled_one(run: Run, pictures: Path) -> None:
+    done = run("caption", str(pictures / "p0.png"), "--model", "no-such-model", status=1)
+    assert "no checkpoint is called" in done.stderr
+    assert "folder" in done.stderr
+
+
+def test_damaged_item_gives_status_1_and_is_named_while_the_rest_goes_on(run: Run, pictures: Path) -> None:
+    (pictures / "empty.png").touch()
+    done = run("enqueue", "images", str(pictures), status=1)
+    assert "empty: empty.png" in done.stdout
+    assert "queued 5" in done.stdout
+
+
+def test_doctor_reports_as_json_and_says_what_is_wrong(run: Run) -> None:
+    done = run("doctor", "--json", status=1, READROOM_BLIP_MODEL="no-such-model")
+    findings = json.loads(done.stdout)
+    wrong = [finding for finding in findings if finding["level"] == "error"]
+    assert [finding["subject"] for finding in wrong] == ["model"]
+    assert {"home", "broker", "store"} <= {finding["subject"] for finding in findings}
+
+
+def test_failed_job_can_be_listed_shown_requeued_and_dropped(run: Run, pictures: Path) -> None:
+    bad = pictures / "p0.png"
+    counts = json.loads(run("enqueue", "images", str(pictures), "--json", READROOM_BLIP_MODEL="bundled").stdout)
+    bad.write_bytes(bad.read_bytes()[:40])
+    run("worker", "--drain", READROOM_BLIP_MODEL="bundled")
+    rows: list[dict[str, Any]] = json.loads(run("failures", "list", "--json").stdout)
+    assert [row["item"] for row in rows] == ["p0.png"]
+    job = str(rows[0]["job"])
+    assert json.loads(run("failures", "show", job).stdout)["reason"] == rows[0]["reason"]
+    assert "1 jobs queued again" in run("failures", "requeue", job).stdout
+    run("worker", "--drain", READROOM_BLIP_MODEL="bundled")
+    assert "1 jobs cancelled" in run("failures", "drop", "--submission", counts["submission"]).stdout
+    states = json.loads(run("status", counts["submission"], "--json").stdout)["jobs"]
+    assert (states["succeeded"], states["cancelled"], states["failed"]) == (4, 1, 0)
+
+
+def test_checkpoints_are_registered_listed_and_served(run: Run, pictures: Path, home: Path) -> None:
+    run("checkpoints", "add", "bundled", "--activate")
+    listed = json.loads(run("checkpoints", "list", "--json").stdout)
+    assert [(row["name"], row["state"]) for row in listed] == [("bundled", "active")]
+    shown = json.loads(run("checkpoints", "show", "bundled").stdout)
+    assert shown["manifest"]["scores"]
+    counts = json.loads(run("enqueue", "images", str(pictures), "--json", READROOM_BLIP_MODEL="").stdout)
+    assert counts["queued"] == 5
+    run("worker", "--drain", READROOM_BLIP_MODEL="")
+    records = [json.loads(line) for line in run("results", counts["submission"]).stdout.splitlines()]
+    assert {record["checkpoint"] for record in records} == {listed[0]["ref"]}
+
+
+def test_caption_command_says_what_the_worker_says(run: Run, pictures: Path) -> None:
+    counts = json.loads(run("enqueue", "images", str(pictures), "--model", "bundled", "--json").stdout)
+    run("worker", "--drain")
+    queued = {
+        record["item"]: record["text"]
+        for record in map(json.loads, run("results", counts["submission"]).stdout.splitlines())
+    }
+    paths = sorted(pictures.glob("*.png"))
+    now = json.loads(run("caption", "--json", "--model", "bundled", *map(str, paths)).stdout)
+    assert {Path(row["image"]).name: row["caption"] for row in now} == queued
+
+
+def test_stack_goes_up_works_and_goes_down(run: Run, pictures: Path, home: Path) -> None:
+    run("up", "--no-flower")
+    state = read_state(load_settings())
+    assert state is not None
+    assert [service["name"] for service in state["services"]] == ["worker-1"]
+    assert "already up" in run("up", status=2).stderr
+    counts = json.loads(run("enqueue", "images", str(pictures), "--json").stdout)
+    run("status", counts["submission"], "--watch")
+    assert json.loads(run("status", counts["submission"], "--json").stdout)["jobs"]["succeeded"] == 5
+    assert "the stack is down" in run("down").stdout
+    assert read_state(load_settings()) is None
+    assert "nothing was up" in run("down").stdout
