@@ -193,14 +193,20 @@ def _is_server(pid: int) -> bool:
     if child is not None and child.poll() is not None:
         del _started[pid]
         return False
-    return "valkey-server" in _read_command(pid)
+    return "valkey-server" in _read_program(pid)
 
 
-def _read_command(pid: int) -> str:
-    """The command line of a process, "" when there is none (a zombie has none either)."""
-    if Path("/proc/self/cmdline").exists():
-        return _read_text(Path(f"/proc/{pid}/cmdline"))
-    listing = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False)
+def _read_program(pid: int) -> str:
+    """The program a process runs, "" when there is none (a zombie runs none).
+
+    Not its command line: the server rewrites that while it starts, and for a moment it is empty.
+    """
+    if Path("/proc/self/exe").exists():
+        try:
+            return os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - a deleted program's link leads nowhere
+        except OSError:
+            return ""
+    listing = subprocess.run(["ps", "-o", "comm=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return listing.stdout
 
 
