@@ -74,8 +74,10 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         depths = queue_depths(make_celery(settings, broker_url(settings, start=False)))
         yield Finding("broker", "ok", f"answers; {sum(depths.values()):,} messages wait")
     except ReadroomError as error:
-        level = "note" if settings.broker_url is None else "error"
-        yield Finding("broker", level, f"does not answer ({error})", "`readroom up` starts the embedded one.")
+        if settings.broker_url is None:
+            yield Finding("broker", "note", "it is not running", "`readroom up` starts it.")
+        else:
+            yield Finding("broker", "error", str(error))
 
 
 def check_broker_url(url: str) -> Iterator[Finding]:

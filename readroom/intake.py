@@ -99,7 +99,7 @@ def plan_submission(settings: Settings, store: Store, intake: Intake) -> Submiss
     """The submission as it is remembered: checkpoint and generation settings are fixed here, once."""
     from db.submissions import SubmissionPlan
 
-    source = choose_checkpoint(settings, store, intake.captioner, intake.model)
+    source = choose_checkpoint(settings, store, intake.captioner, intake.model, remember=not intake.dry_run)
     return SubmissionPlan(
         source_kind=intake.source_kind,
         source=str(intake.path.resolve()),
@@ -112,10 +112,12 @@ def plan_submission(settings: Settings, store: Store, intake: Intake) -> Submiss
     )
 
 
-def choose_checkpoint(settings: Settings, store: Store, family: str, model: str | None) -> CheckpointSource:
+def choose_checkpoint(
+    settings: Settings, store: Store, family: str, model: str | None, remember: bool
+) -> CheckpointSource:
     """The checkpoint by name: the command's, the setting's, the registry's active one, else BLIP-base from the hub.
 
-    It is put into the registry, so that workers find it by its ref.
+    `remember` puts it into the registry, where workers find it by its ref.
     """
     from db.checkpoints import active_checkpoint, find_checkpoint
     from models.checkpoint import resolve_checkpoint
@@ -126,7 +128,8 @@ def choose_checkpoint(settings: Settings, store: Store, family: str, model: str 
     if known is not None:
         return resolve_checkpoint(known.location)
     source = name_model(settings, model)
-    record_source(store, source)
+    if remember:
+        record_source(store, source)
     return source
 
 
