@@ -1,0 +1,106 @@
+"""Where accepted members of archives are put, so that workers only ever open plain files.
+
+A file is named by the SHA-256 of its content, `<home>/spool/ab/abcd...`: never by anything out of the archive, and a
+second enqueue of the same archive writes nothing again. Folders are 0700 and files 0600, as everything under the home.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from producer.walk import is_inside
+from readroom.errors import SourceError, StoreError
+from readroom.records import Reason
+
+PART_SUFFIX = ".part"
+PART_LIFE_S = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Content written out of an archive, not yet kept. `path` is where it will be once kept, "" in a dry run."""
+
+    file: BinaryIO
+    size_bytes: int
+    digest: str
+    path: str
+
+
+class Spool:
+    """The spool of a home; without folder (a dry run) content lives in an unnamed file until it is judged."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def hold_content(self, chunks: Iterable[bytes]) -> Iterator[Held]:
+        """Write chunks to a file of ours; it is gone afterwards unless `keep_content` was called.
+
+        Raises StoreError when it cannot be written, and what `chunks` raises.
+        """
+        with self._open_part() as file:
+            digest, size_bytes = hashlib.sha256(), 0
+            for chunk in chunks:
+                with translate_full():
+                    file.write(chunk)
+                digest.update(chunk)
+                size_bytes += len(chunk)
+            with translate_full():
+                file.flush()
+            yield Held(file, size_bytes, digest.hexdigest(), self._place(digest.hexdigest()))
+
+    def keep_content(self, held: Held) -> None:
+        """Give held content its name. Raises SourceError `unsafe_path` when the spool leads elsewhere by a link."""
+        if self.folder is None:
+            return
+        place = Path(held.path)
+        with translate_full():
+            place.parent.mkdir(mode=0o700, exist_ok=True)
+            if not is_inside(os.path.realpath(self.folder), os.path.realpath(place)):
+                raise SourceError(Reason.UNSAFE_PATH, "the spool leads out of the home")
+            Path(held.file.name).replace(place)
+
+    def sweep_parts(self) -> None:
+        """Remove what producers that were killed a day ago or earlier left half-written."""
+        for part in self.folder.glob(f"*{PART_SUFFIX}") if self.folder else ():
+            with suppress(OSError):
+                if part.stat().st_mtime < time.time() - PART_LIFE_S:
+                    part.unlink()
+
+    @contextmanager
+    def _open_part(self) -> Iterator[BinaryIO]:
+        if self.folder is None:
+            with tempfile.TemporaryFile() as file:
+                yield cast(BinaryIO, file)
+            return
+        with translate_full():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=PART_SUFFIX)
+        try:
+            # By name, so that `file.name` is the path to rename; mkstemp made it 0600.
+            with open(name, "w+b", opener=lambda _name, _flags: descriptor) as file:
+                yield cast(BinaryIO, file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _place(self, digest: str) -> str:
+        return str(self.folder / digest[:2] / digest) if self.folder else ""
+
+
+@contextmanager
+def translate_full() -> Iterator[None]:
+    """The disk is full or the spool cannot be written: that ends an enqueue, it is no matter of one item."""
+    try:
+        yield
+    except OSError as error:
+        cause = errno.errorcode.get(error.errno or 0, "unknown cause")
+        raise StoreError(f"the spool under READROOM_HOME cannot be written ({cause})") from None
