@@ -17,8 +17,8 @@ from tests.docs.test_configuration import COMPOSE_ONLY, known_variables
 PAGES = list_pages()
 HAND_WRITTEN = [page for page in PAGES if page.name not in {"commands.md", "configuration.md"}]
 COMMANDS = dict(walk_commands(main, "readroom"))
-# Named in the text of decisions that say why they are not used.
-EXAMPLE_VARIABLES = {"READROOM_"}
+# Prefixes that stand for several.
+EXAMPLE_VARIABLES = {"READROOM_", "READROOM_FLOWER_"}
 
 
 def relative(page: Path) -> str:
