@@ -5,7 +5,8 @@ Pictures travel as uint8 and are normalised on the device: a quarter of the byte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, GenerationConfig
+from transformers.utils import logging
 
 from models.base import Picture, run_answerer, run_captioner
 from models.checkpoint import (
@@ -100,14 +102,12 @@ class BlipCaptioner:
     def generate(self, batch: CaptionBatch, settings: GenerationSettings) -> BlipRaw:
         """Greedy or beam search from the prompt. Raises OutOfMemory, DeviceBroken, BadCall (prompt too long)."""
         prompt = start_tokens(self.parts, settings.prompt)
-        config = search_config(self.parts, settings, len(prompt))
+        options = search_options(self.parts, settings, len(prompt))
         with translate_device_errors(), torch.inference_mode():
             pixels = normalise_pixels(batch.pixels, self.parts)
             # transformers drops the last token, which it takes for the [SEP] its tokenizer appends.
             ids = torch.tensor([[*prompt, 0]], device=self.parts.device).repeat(len(pixels), 1)
-            out = self.parts.model.generate(
-                pixels, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-            )
+            out = self.parts.model.generate(pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             return collect_tokens(out, len(prompt), end_token(self.parts))
 
     def finish(self, raw: BlipRaw) -> list[GeneratedText]:
@@ -146,7 +146,7 @@ class BlipAnswerer:
         depend on its batch.
         """
         model, device = self.parts.model, self.parts.device
-        config = search_config(self.parts, settings, 1)
+        options = search_options(self.parts, settings, 1)
         with translate_device_errors(), torch.inference_mode():
             mask = batch.attention_mask.to(device)
             states = encode_questions(
@@ -158,7 +158,9 @@ class BlipAnswerer:
                 attention_mask=torch.ones_like(start),
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,
-                generation_config=config,
+                eos_token_id=end_token(self.parts),
+                pad_token_id=int(model.config.text_config.pad_token_id),
+                **options,
             )
             return collect_tokens(out, 1, end_token(self.parts))
 
@@ -200,8 +202,8 @@ def end_token(parts: BlipParts) -> int:
     return int(parts.model.config.text_config.sep_token_id)
 
 
-def search_config(parts: BlipParts, settings: GenerationSettings, prompt_length: int) -> GenerationConfig:
-    """The search, complete, so that nothing in a checkpoint's generation_config.json has a say.
+def search_options(parts: BlipParts, settings: GenerationSettings, prompt_length: int) -> dict[str, Any]:
+    """What transformers' `generate` is told.
 
     Lengths stop at the last position the model has: one more would be a device-side assert on CUDA.
     """
@@ -209,17 +211,15 @@ def search_config(parts: BlipParts, settings: GenerationSettings, prompt_length:
     if room < 1:
         raise BadCall("the prompt is longer than the model's texts")
     longest = min(settings.max_new_tokens, room)
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=settings.num_beams,
-        max_new_tokens=longest,
-        min_new_tokens=min(settings.min_new_tokens, longest),
-        eos_token_id=end_token(parts),
-        pad_token_id=int(parts.model.config.text_config.pad_token_id),
-        return_dict_in_generate=True,
-        output_logits=settings.num_beams == 1,
-        output_scores=settings.num_beams > 1,  # without it beams come back without their scores
-    )
+    return {
+        "do_sample": False,
+        "num_beams": settings.num_beams,
+        "max_new_tokens": longest,
+        "min_new_tokens": min(settings.min_new_tokens, longest),
+        "return_dict_in_generate": True,
+        "output_logits": settings.num_beams == 1,
+        "output_scores": settings.num_beams > 1,  # without it beams come back without their scores
+    }
 
 
 def encode_questions(model: Any, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -348,9 +348,10 @@ def load_model(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     """Weights from safetensors, every one of them used and none left random. Raises CheckpointBroken."""
     check_architecture(folder, kind)
     try:
-        model, found = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
+        with hide_progress():
+            model, found = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -362,9 +363,21 @@ def load_model(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     wrong = sorted({*found["missing_keys"], *strange, *(str(key) for key, *_ in found["mismatched_keys"])})
     if wrong:
         raise CheckpointBroken(f"weights do not fit {kind.__name__}: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-    # generate() fills what our search leaves open from here; checkpoints carry penalties and lengths in it
+    # generate() fills from here what search_options leave open; checkpoints carry penalties and lengths in it
     model.generation_config = model.text_decoder.generation_config = GenerationConfig()
     return model
+
+
+@contextmanager
+def hide_progress() -> Iterator[None]:
+    """Without transformers' progress bars, which appear on any stream, for work of a second or two."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_architecture(folder: Path, kind: Any) -> None:

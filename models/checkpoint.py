@@ -355,14 +355,14 @@ def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def _move_in_place(staged: Path, target: Path) -> Path:
-    if target.exists():
-        target.rename(target.with_name(f".broken-{target.name}-{secrets.token_hex(4)}"))
     try:
         staged.rename(target)
     except OSError:
-        # Another process published the same digest between our look and our rename.
-        if not _is_sound(target):
-            raise
+        # The name is taken: by another process that published the same digest meanwhile, or by a damaged copy.
+        if _is_sound(target):
+            return target
+        target.rename(target.with_name(f".broken-{target.name}-{secrets.token_hex(4)}"))
+        staged.rename(target)
     _sync(target.parent)
     return target
 

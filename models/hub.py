@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from readroom.errors import CheckpointBroken, CheckpointMissing
 
@@ -46,6 +48,8 @@ def fetch_snapshot(location: str) -> Path:
 
 def download_files(repo: str, revision: str, patterns: list[str]) -> Path:
     """The files of one revision that match `patterns`, from the cache when offline. Raises CheckpointMissing."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except GatedRepoError:

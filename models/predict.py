@@ -197,7 +197,7 @@ def _run_batches(
         if good and not (errors == "raise" and _count_errors(found)):
             found.update(zip(good, run(list(pictures.values()), good), strict=True))
     if errors == "raise":
-        _raise_bad(found)
+        _raise_bad(found, len(images))
     return [found[number] for number in range(len(images))]
 
 
@@ -217,8 +217,8 @@ def _count_errors(found: dict[int, GeneratedText | ItemError]) -> int:
     return sum(isinstance(outcome, ItemError) for outcome in found.values())
 
 
-def _raise_bad(found: dict[int, GeneratedText | ItemError]) -> None:
+def _raise_bad(found: dict[int, GeneratedText | ItemError], count: int) -> None:
     bad = {number: outcome for number, outcome in found.items() if isinstance(outcome, ItemError)}
     if bad:
         named = ", ".join(f"{number} ({error.reason})" for number, error in sorted(bad.items()))
-        raise ItemError(next(iter(bad.values())).reason, f"{len(bad)} of {len(found)} images cannot be used: {named}")
+        raise ItemError(next(iter(bad.values())).reason, f"{len(bad)} of {count} images cannot be used: {named}")

@@ -1,0 +1,308 @@
+"""Checkpoints by name, manifests field by field, and folders that are not what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.checkpoint import (
+    BLIP_CAPTION,
+    DEFAULT_PROFILE,
+    MANIFEST_NAME,
+    CheckpointSource,
+    adjust_settings,
+    publish_folder,
+    read_manifest,
+    resolve_checkpoint,
+    verify_folder,
+    write_manifest,
+)
+from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
+from readroom.records import GenerationSettings
+
+FIELDS: dict[str, Any] = {"name": "small", "family": "blip", "task": "caption", "parameters": 12}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "checkpoint"
+    made.mkdir()
+    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "config.json").write_text('{"model_type": "blip"}')
+    (made / "vocab.txt").write_text("a\nb\n")
+    (made / "README.md").write_text("words")
+    write_manifest(made, **FIELDS, generation={"num_beams": 1, "max_new_tokens": 64})
+    return made
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST_NAME
+    document = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+
+
+def test_a_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest.name == "small"
+    assert set(manifest.files) == {"model.safetensors", "config.json", "vocab.txt", "README.md"}
+    assert manifest.files["model.safetensors"].sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert manifest.files["model.safetensors"].bytes == 7
+    assert manifest.created.endswith("Z")
+    assert manifest.defaults == GenerationSettings(num_beams=1, max_new_tokens=64)
+
+
+def test_the_digest_is_that_of_the_canonical_table_of_files(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    table = {name: entry.sha256 for name, entry in manifest.files.items()}
+    canonical = json.dumps(table, sort_keys=True, separators=(",", ":"))
+    assert manifest.digest == hashlib.sha256(canonical.encode()).hexdigest()
+    assert manifest.ref == f"sha256:{manifest.digest}"
+
+
+def test_a_manifest_written_twice_has_the_same_digest(folder: Path) -> None:
+    first = read_manifest(folder)
+    assert write_manifest(folder, **FIELDS).digest == first.digest
+
+
+def test_a_sound_folder_verifies(folder: Path) -> None:
+    assert verify_folder(folder) == read_manifest(folder)
+
+
+def test_a_changed_file_is_named(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("a\nc\n")
+    with pytest.raises(CheckpointBroken, match=r"vocab\.txt is not the file"):
+        verify_folder(folder)
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weig")
+    with pytest.raises(CheckpointBroken, match=r"model\.safetensors has another size"):
+        verify_folder(folder)
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointBroken, match=r"config\.json is missing"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "extra.safetensors", "pytorch_model.bin", "code.py", "merges.txt"])
+def test_a_loadable_file_the_manifest_does_not_name_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    with pytest.raises(CheckpointBroken, match=f"{name} is not named"):
+        verify_folder(folder)
+
+
+def test_a_note_the_manifest_does_not_name_is_no_matter(folder: Path) -> None:
+    (folder / "NOTES.md").write_text("words")
+    verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", MANIFEST_NAME])
+def test_a_link_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(CheckpointBroken, match="is a link"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/etc/passwd", "a/b.json", "..", "", "a\\b", ".hidden", MANIFEST_NAME])
+def test_a_file_name_that_is_no_plain_name_is_refused(folder: Path, name: str) -> None:
+    edit_manifest(folder, files={name: {"sha256": "0" * 64, "bytes": 1}})
+    with pytest.raises(CheckpointBroken, match="files is not usable"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", ""),
+        ("family", 3),
+        ("parameters", "many"),
+        ("parameters", True),
+        ("files", {}),
+        ("files", {"a.json": {"sha256": "0" * 63, "bytes": 1}}),
+        ("files", {"a.json": {"sha256": "0" * 64, "bytes": -1}}),
+        ("files", {"a.json": None}),
+        ("files", []),
+        ("mean", [0.5, 0.5]),
+        ("std", [0.5, 0.0, 0.5]),
+        ("generation", {"num_beams": "3"}),
+        ("generation", {"temperature": 1}),
+        ("scores", [1]),
+        ("parent", 1),
+        ("training_data", None),
+        ("licence", None),
+        ("image_size", 1.5),
+    ],
+)
+def test_a_wrong_field_is_named(folder: Path, key: str, value: Any) -> None:
+    edit_manifest(folder, **{key: value})
+    with pytest.raises(CheckpointBroken, match=f"manifest: {key}"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("key", ["name", "family", "task", "parameters", "files", "digest"])
+def test_a_missing_field_is_named(folder: Path, key: str) -> None:
+    edit_manifest(folder, **{key: ...})
+    with pytest.raises(CheckpointBroken, match=f"manifest: {key} missing"):
+        read_manifest(folder)
+
+
+def test_a_digest_of_other_files_is_refused(folder: Path) -> None:
+    edit_manifest(folder, digest="0" * 64)
+    with pytest.raises(CheckpointBroken, match="digest does not belong"):
+        read_manifest(folder)
+
+
+def test_a_manifest_of_a_later_format_is_refused(folder: Path) -> None:
+    edit_manifest(folder, format=2)
+    with pytest.raises(CheckpointBroken, match="format is not 1"):
+        read_manifest(folder)
+
+
+def test_a_field_of_a_later_release_is_ignored(folder: Path) -> None:
+    edit_manifest(folder, colour="blue")
+    assert read_manifest(folder).name == "small"
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", "[" * 100_000, "{" + " " * 2_000_000 + "}"])
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / MANIFEST_NAME).write_text(text)
+    with pytest.raises(CheckpointBroken, match=r"manifest\.json is"):
+        read_manifest(folder)
+
+
+def test_writing_an_unknown_field_is_a_bad_call(folder: Path) -> None:
+    with pytest.raises(BadCall, match="colour"):
+        write_manifest(folder, **FIELDS, colour="blue")
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_manifest_resolves_to_its_digest(folder: Path) -> None:
+    found = resolve_checkpoint(str(folder))
+    assert found.ref == read_manifest(folder).ref
+    assert (found.family, found.name, found.location) == ("blip", "small", str(folder))
+    assert found.caption_defaults.max_new_tokens == 64
+
+
+def test_a_plain_hub_folder_resolves_to_a_digest_of_what_is_loaded(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    first = resolve_checkpoint(str(folder))
+    assert first.ref.startswith("sha256:")
+    assert first.manifest is None
+    assert first.caption_defaults == BLIP_CAPTION
+    (folder / "README.md").write_text("other words")
+    assert resolve_checkpoint(str(folder)).ref == first.ref
+    (folder / "vocab.txt").write_text("b\na\n")
+    assert resolve_checkpoint(str(folder)).ref != first.ref
+
+
+def test_a_folder_of_pickles_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(CheckpointBroken, match=r"readroom checkpoints add .* --convert"):
+        resolve_checkpoint(str(tmp_path))
+
+
+def test_a_pickle_itself_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(b"pickle")
+    with pytest.raises(CheckpointBroken, match="--convert"):
+        resolve_checkpoint(str(tmp_path / "model.pth"))
+
+
+def test_an_empty_folder_is_missing_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="no weights"):
+        resolve_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "ref"),
+    [
+        ("Salesforce/blip-image-captioning-base", "hub:Salesforce/blip-image-captioning-base@main"),
+        ("Salesforce/blip-vqa-base@refs/pr/7", "hub:Salesforce/blip-vqa-base@refs/pr/7"),
+        ("dummy", "dummy:base_ms=0,item_ms=0"),
+        ("dummy:item_ms=0.5,base_ms=5", "dummy:base_ms=5,item_ms=0.5"),
+    ],
+)
+def test_a_name_resolves_without_looking_anywhere(name: str, ref: str) -> None:
+    assert resolve_checkpoint(name).ref == ref
+
+
+@pytest.mark.parametrize(
+    "name", ["", "no-such-thing", "./no/folder", "/no/folder", "~/no-folder", "a/b/c", "dummy:x=1"]
+)
+def test_an_unknown_name_is_missing(name: str) -> None:
+    with pytest.raises(CheckpointMissing):
+        resolve_checkpoint(name)
+
+
+def test_settings_are_adjusted_only_where_told() -> None:
+    defaults = GenerationSettings(num_beams=3, max_new_tokens=16, min_new_tokens=5, prompt="x")
+    assert adjust_settings(defaults, num_beams=None, max_new_tokens=None) == defaults
+    shorter = adjust_settings(defaults, max_new_tokens=2)
+    assert (shorter.max_new_tokens, shorter.min_new_tokens, shorter.num_beams) == (2, 2, 3)
+
+
+# Publishing ----------------------------------------------------------------------------------------------------------
+
+
+def test_publishing_copies_what_the_manifest_names_under_its_digest(folder: Path, tmp_path: Path) -> None:
+    (folder / "NOTES.md").write_text("words")
+    published = publish_folder(folder, tmp_path / "store")
+    assert published == tmp_path / "store" / read_manifest(folder).digest
+    assert not (published / "NOTES.md").exists()
+    assert verify_folder(published).name == "small"
+    assert [entry.name for entry in (tmp_path / "store").iterdir()] == [published.name]
+
+
+def test_publishing_twice_at_once_gives_one_folder(folder: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        places = set(pool.map(lambda _: publish_folder(folder, tmp_path / "store"), range(8)))
+    assert len(places) == 1
+    assert [entry.name for entry in (tmp_path / "store").iterdir()] == [places.pop().name]
+
+
+def test_publishing_replaces_a_damaged_copy(folder: Path, tmp_path: Path) -> None:
+    published = publish_folder(folder, tmp_path / "store")
+    (published / "vocab.txt").write_text("damaged")
+    assert publish_folder(folder, tmp_path / "store") == published
+    verify_folder(published)
+
+
+def test_publishing_a_broken_folder_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    (folder / "vocab.txt").write_text("damaged")
+    with pytest.raises(CheckpointBroken):
+        publish_folder(folder, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+# The house -----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_checkpoints_loads_no_torch() -> None:
+    code = "import models.checkpoint, sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_default_profile_is_one_of_the_pixel_profiles() -> None:
+    from models.pixels import DEFAULT_PROFILE as PIXELS_DEFAULT
+    from models.pixels import PROFILES
+
+    assert DEFAULT_PROFILE in PROFILES
+    assert DEFAULT_PROFILE == PIXELS_DEFAULT
+
+
+def test_a_source_says_what_it_is_without_a_manifest() -> None:
+    assert CheckpointSource("dummy:", "dummy", "dummy", "dummy:").caption_defaults == GenerationSettings()
