@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
-from db.session import Store, insert_new
+from db.rows import insert_new
+from db.session import Store
 from db.tables import checkpoints
 from readroom.errors import BadCall, CheckpointMissing
 

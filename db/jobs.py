@@ -5,13 +5,14 @@ Rows are always locked in the order of their ids, so that transactions with over
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, case, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, or_, select, update
 
 from db.results import save_results
+from db.rows import among, choose_value, slice_ids
 from db.session import Store, now
 from db.tables import images, jobs, state_is, submission_jobs
 from readroom.errors import BadCall
@@ -29,7 +30,6 @@ from readroom.records import (
 
 URGENCY = (Priority.STAT, Priority.ROUTINE, Priority.BULK)
 MAX_DETAIL_CHARS = 500
-IDS_PER_STATEMENT = 5000
 UNLEASED: dict[str, Any] = {"lease_owner": None, "lease_until": None}
 # What a job loses when it goes back to its queue: its lease, and the message that held it.
 BACK_IN_QUEUE: dict[str, Any] = {**UNLEASED, "published_at": None, "started_at": None, "finished_at": None}
@@ -84,31 +84,22 @@ def move_jobs(
     Raises BadCall for a step that the state machine does not have.
     """
     check_transition(source, target)
-    moved = []
+    moved: list[int] = []
     for part in slice_ids(job_ids):
-        chosen = lock_jobs(connection, jobs.c.id.in_(part), state_is(source), *conditions)
-        step = update(jobs).where(jobs.c.id.in_(chosen), state_is(source)).values(state=target, **changes)
-        if chosen:
-            connection.execute(step)
-        moved += chosen
+        conditions_here = (among(jobs.c.id, part), state_is(source), *conditions)
+        moved += change_jobs(connection, conditions_here, state=target, **changes)
     return moved
 
 
-def lock_jobs(connection: Connection, *conditions: ColumnElement[bool], skip_locked: bool = False) -> list[int]:
-    """Ids of the jobs that meet the conditions, sorted, with their rows locked until the transaction ends.
+def change_jobs(connection: Connection, conditions: Collection[ColumnElement[bool]], **changes: Any) -> list[int]:
+    """UPDATE the jobs that meet the conditions; their ids, sorted.
 
     SQLite has one writer and needs no row locks. On PostgreSQL a row that another transaction holds is waited for and
-    judged anew, or left out with `skip_locked`. Not `FOR UPDATE`: new links to a job need not wait for its claim.
+    judged anew. Not `FOR UPDATE` but the weaker lock: new links to a job need not wait for its claim.
     """
-    locked = select(jobs.c.id).where(*conditions).order_by(jobs.c.id)
-    return list(connection.scalars(locked.with_for_update(key_share=True, skip_locked=skip_locked)))
-
-
-def slice_ids(job_ids: Collection[int]) -> Iterator[list[int]]:
-    """The ids, sorted, in lists that fit into one statement (SQLite takes 32,766 parameters)."""
-    ordered = sorted(set(job_ids))
-    for start in range(0, len(ordered), IDS_PER_STATEMENT):
-        yield ordered[start : start + IDS_PER_STATEMENT]
+    chosen = select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update(key_share=True)
+    where = conditions if connection.dialect.name == "sqlite" else (*conditions, jobs.c.id.in_(chosen))
+    return sorted(connection.scalars(update(jobs).where(*where).values(**changes).returning(jobs.c.id)))
 
 
 def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> list[ClaimedJob]:
@@ -128,13 +119,10 @@ def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float)
 
 def renew_leases(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> int:
     """Lengthen the leases that `owner` still holds; how many they are."""
-    renewed = 0
+    held, lease = _held_by(owner), {"lease_until": now() + lease_s}
     with store.begin() as connection:
-        for part in slice_ids(job_ids):
-            held = lock_jobs(connection, jobs.c.id.in_(part), *_held_by(owner))
-            connection.execute(update(jobs).where(jobs.c.id.in_(held)).values(lease_until=now() + lease_s))
-            renewed += len(held)
-    return renewed
+        parts = [(among(jobs.c.id, part), *held) for part in slice_ids(job_ids)]
+        return sum(len(change_jobs(connection, part, **lease)) for part in parts)
 
 
 def release_jobs(store: Store, job_ids: Sequence[int], owner: str) -> int:
@@ -172,7 +160,8 @@ def return_expired(store: Store, max_attempts: int) -> tuple[list[int], list[int
     death = {"reason": Reason.WORKER_LOST, "detail": f"no sign of life in {max_attempts} attempts"}
     with store.begin() as connection:
         # A row that is locked just now is being renewed or written by its owner, who is alive after all.
-        ids = lock_jobs(connection, *expired, skip_locked=True)
+        stale = select(jobs.c.id).where(*expired).order_by(jobs.c.id)
+        ids = connection.scalars(stale.with_for_update(key_share=True, skip_locked=True)).all()
         failed = move_jobs(
             connection, ids, JobState.RUNNING, JobState.FAILED, spent, **UNLEASED, **death, finished_at=moment
         )
@@ -204,13 +193,10 @@ def unpublished_jobs(
 
 def mark_published(store: Store, job_ids: Sequence[int]) -> int:
     """Note that messages hold these jobs; how many of them were queued."""
-    marked = 0
+    queued, moment = state_is(JobState.QUEUED), now()
     with store.begin() as connection:
-        for part in slice_ids(job_ids):
-            queued = lock_jobs(connection, jobs.c.id.in_(part), state_is(JobState.QUEUED))
-            connection.execute(update(jobs).where(jobs.c.id.in_(queued)).values(published_at=now()))
-            marked += len(queued)
-    return marked
+        parts = [(among(jobs.c.id, part), queued) for part in slice_ids(job_ids)]
+        return sum(len(change_jobs(connection, part, published_at=moment)) for part in parts)
 
 
 def forget_published(store: Store, kinds: Collection[str], older_than_s: float, limit: int = 10_000) -> int:
@@ -220,18 +206,17 @@ def forget_published(store: Store, kinds: Collection[str], older_than_s: float, 
     with store.begin() as connection:
         ids = connection.scalars(lost.with_for_update(key_share=True, skip_locked=True)).all()
         for part in slice_ids(ids):
-            connection.execute(update(jobs).where(jobs.c.id.in_(part)).values(published_at=None))
+            connection.execute(update(jobs).where(among(jobs.c.id, part)).values(published_at=None))
     return len(ids)
 
 
 def raise_priority(connection: Connection, job_ids: Collection[int], priority: Priority) -> list[int]:
     """Move queued jobs of less urgent queues to this one; their ids. Their old messages do no harm."""
     lower = jobs.c.priority.in_(URGENCY[URGENCY.index(priority) + 1 :])
-    raised = []
+    raised: list[int] = []
     for part in slice_ids(job_ids):
-        chosen = lock_jobs(connection, jobs.c.id.in_(part), state_is(JobState.QUEUED), lower)
-        connection.execute(update(jobs).where(jobs.c.id.in_(chosen)).values(priority=priority, published_at=None))
-        raised += chosen
+        chosen = (among(jobs.c.id, part), state_is(JobState.QUEUED), lower)
+        raised += change_jobs(connection, chosen, priority=priority, published_at=None)
     return raised
 
 
@@ -292,8 +277,11 @@ def _held_by(owner: str) -> tuple[ColumnElement[bool], ...]:
 
 
 def _load_claimed(connection: Connection, job_ids: Sequence[int]) -> list[ClaimedJob]:
-    joined = select(jobs, images.c.path, images.c.member, images.c.digest, images.c.frame).join_from(jobs, images)
-    rows = connection.execute(joined.where(jobs.c.id.in_(job_ids)).order_by(jobs.c.id))
+    asked = (jobs.c.captioner, jobs.c.checkpoint, jobs.c.settings, jobs.c.question)
+    columns = (jobs.c.id, jobs.c.kind, jobs.c.priority, jobs.c.attempt, *asked)
+    picture = (images.c.path, images.c.member, images.c.digest, images.c.frame)
+    joined: Select[Any] = select(*columns, *picture).join_from(jobs, images)
+    rows = connection.execute(joined.where(among(jobs.c.id, job_ids)).order_by(jobs.c.id))
     return [_read_claimed(row) for row in rows]
 
 
@@ -307,11 +295,11 @@ def _read_claimed(row: Row[Any]) -> ClaimedJob:
 def _load_held(connection: Connection, job_ids: Collection[int], owner: str) -> dict[int, Row[Any]]:
     """The rows that `owner` holds a lease on, locked, with what a result repeats of them."""
     columns = (jobs.c.id, jobs.c.attempt, jobs.c.kind, jobs.c.question, jobs.c.settings, jobs.c.settings_digest)
-    joined = select(*columns, images.c.digest, images.c.frame).join_from(jobs, images)
+    joined = select(*columns, images.c.digest, images.c.frame).join_from(jobs, images).order_by(jobs.c.id)
+    locked = joined.where(*_held_by(owner)).with_for_update(of=jobs, key_share=True)
     held: dict[int, Row[Any]] = {}
     for part in slice_ids(job_ids):
-        ids = lock_jobs(connection, jobs.c.id.in_(part), *_held_by(owner))
-        held |= {row.id: row for row in connection.execute(joined.where(jobs.c.id.in_(ids)))}
+        held |= {row.id: row for row in connection.execute(locked.where(among(jobs.c.id, part)))}
     return held
 
 
@@ -340,7 +328,7 @@ def _succeed_jobs(connection: Connection, texts: Sequence[Outcome], held: dict[i
     changes = {"reason": None, "detail": None, "finished_at": now(), **UNLEASED}
     for part in slice_ids(result_ids):
         # One statement for the batch; a CASE of a batch's size is cheap, a round trip for each row is not.
-        result = case({job_id: result_ids[job_id] for job_id in part}, value=jobs.c.id)
+        result = choose_value(jobs.c.id, {job_id: result_ids[job_id] for job_id in part})
         move_jobs(connection, part, JobState.RUNNING, JobState.SUCCEEDED, *_held_by(owner), **changes, result_id=result)
 
 
@@ -373,7 +361,7 @@ def _first_queued(kind: str) -> Select[Any]:
 def _failed(job_ids: Collection[int] | None, submission: str | None, reason: str | None) -> list[ColumnElement[bool]]:
     conditions = [state_is(JobState.FAILED)]
     if job_ids is not None:
-        conditions.append(jobs.c.id.in_(job_ids))
+        conditions.append(among(jobs.c.id, job_ids))
     if submission is not None:
         conditions.append(jobs.c.id.in_(linked_jobs(submission)))
     if reason is not None:
@@ -384,8 +372,9 @@ def _failed(job_ids: Collection[int] | None, submission: str | None, reason: str
 def _move_failures(
     store: Store, conditions: Sequence[ColumnElement[bool]], target: JobState, changes: dict[str, Any]
 ) -> list[int]:
+    check_transition(JobState.FAILED, target)
     with store.begin() as connection:
-        return move_jobs(connection, lock_jobs(connection, *conditions), JobState.FAILED, target, **changes)
+        return change_jobs(connection, conditions, state=target, **changes)
 
 
 def _select_failures(submission: str | None) -> Select[Any]:

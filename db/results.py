@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, select, tuple_
 
-from db.session import Store, insert_new, now
+from db.rows import insert_new
+from db.session import Store, now
 from db.tables import images, jobs, results, studies, submission_jobs
 from readroom.records import JobKind, Outcome
 

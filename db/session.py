@@ -7,14 +7,12 @@ import sqlite3
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Column, Connection, Engine, Row, Table, create_engine, event, make_url
-from sqlalchemy.dialects.postgresql import insert as postgres_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from db.faults import BUSY, translate_faults
@@ -143,18 +141,6 @@ def open_store(url: str, create: bool = True) -> Store:
     else:
         check_store(store)
     return store
-
-
-def insert_new(
-    connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], returning: Sequence[Column[Any]]
-) -> Sequence[Row[Any]]:
-    """Insert the rows that collide with none; the columns asked for of those that were inserted.
-
-    SQLAlchemy makes few statements of many rows out of it on both dialects (only with RETURNING on pg8000).
-    """
-    insert = sqlite_insert if connection.dialect.name == "sqlite" else postgres_insert
-    statement = insert(table).on_conflict_do_nothing().returning(*returning)
-    return connection.execute(statement, rows).all() if rows else []
 
 
 def _create_engine(url: URL) -> Engine:

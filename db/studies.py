@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, select, update
 
-from db.session import insert_new, now
+from db.rows import insert_new
+from db.session import now
 from db.tables import clean_text, images, studies
 from readroom.errors import BadCall
 from readroom.records import FoundImage

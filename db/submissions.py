@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Row, func, select, update
 
 from db.jobs import linked_jobs, raise_priority
-from db.session import Store, insert_new, now
+from db.rows import insert_new
+from db.session import Store, now
 from db.studies import ImageKey, add_studies, image_key
 from db.studies import add_images as add_image_rows
 from db.tables import images, jobs, submission_jobs, submissions

@@ -60,6 +60,11 @@ class ForeignText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """Escape what the databases cannot hold."""
+        return self.clean(value)
+
+    @staticmethod
+    def clean(value: str | None) -> str | None:
+        """The same for a value on its way in a JSON document."""
         return None if value is None else clean_text(value)
 
 
