@@ -102,6 +102,14 @@ def change_jobs(connection: Connection, conditions: Collection[ColumnElement[boo
     return sorted(connection.scalars(update(jobs).where(*where).values(**changes).returning(jobs.c.id)))
 
 
+def find_attempts(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
+    """How often each of these jobs was started before; jobs that are not queued are left out."""
+    with store.read() as connection:
+        parts = (select(jobs.c.id, jobs.c.attempt).where(among(jobs.c.id, part)) for part in slice_ids(job_ids))
+        rows = [row for part in parts for row in connection.execute(part.where(state_is(JobState.QUEUED)))]
+    return {row.id: row.attempt for row in rows}
+
+
 def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> list[ClaimedJob]:
     """Take the queued ones of these jobs: running, attempt + 1, leased to `owner` for `lease_s` seconds.
 
@@ -199,10 +207,16 @@ def mark_published(store: Store, job_ids: Sequence[int]) -> int:
         return sum(len(change_jobs(connection, part, published_at=moment)) for part in parts)
 
 
-def forget_published(store: Store, kinds: Collection[str], older_than_s: float, limit: int = 10_000) -> int:
+def forget_published(
+    store: Store,
+    kinds: Collection[str],
+    older_than_s: float,
+    limit: int = 10_000,
+    priorities: Collection[str] = URGENCY,
+) -> int:
     """Take the messages of jobs that wait for longer than `older_than_s` for lost; how many (`limit` at most)."""
     old = (state_is(JobState.QUEUED), jobs.c.kind.in_(kinds), jobs.c.published_at < now() - older_than_s)
-    lost = select(jobs.c.id).where(*old).order_by(jobs.c.published_at, jobs.c.id).limit(limit)
+    lost = select(jobs.c.id).where(*old, jobs.c.priority.in_(priorities)).order_by(jobs.c.published_at, jobs.c.id).limit(limit)
     with store.begin() as connection:
         ids = connection.scalars(lost.with_for_update(key_share=True, skip_locked=True)).all()
         for part in slice_ids(ids):
