@@ -1,0 +1,465 @@
+"""Batches across messages: three stages in three threads, so that decoding and writing overlap the forward pass.
+
+    submit -> [buffer] -> gather: claim, decode -> [1 ready] -> forward -> [outcomes] -> write -> the ticket is done
+
+Plain threads, no Celery. A task waits on its ticket; the ticket ends when every job of the message has an outcome in
+the store, or was given back. No ticket is ever left waiting: a stage that fails breaks all of them.
+
+A job that was started before and has no outcome may be what killed the process then. Such suspects run apart from
+everything else in this process: the second time at most 8 together, from the third on alone. So a job that kills its
+process is known after three kills, and nobody who stood beside it loses a last attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from readroom.errors import StoreError, StoreUnavailable
+from readroom.log import describe_error
+from readroom.records import ClaimedJob, Outcome, Priority, Reason
+from worker.handle import ReadyBatch
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+URGENCY: dict[str, int] = {Priority.STAT: 0, Priority.ROUTINE: 1, Priority.BULK: 2}
+# In the buffer stat goes first; whoever waited this long goes with it, so that nobody waits for ever.
+AGE_FLOOR_S = 30.0
+SUSPECT_GROUP = 8
+# One batch in the forward pass and one ready behind it: more would be claimed for nothing when the process dies.
+MAX_AHEAD = 2
+RETRY_FIRST_S = 0.1
+RETRY_LONGEST_S = 5.0
+
+
+class Ending(StrEnum):
+    """How a message's jobs ended: each has its outcome; some were given back; a stage broke."""
+
+    DONE = "done"
+    RELEASED = "released"
+    BROKEN = "broken"
+
+
+class Handler(Protocol):
+    """The steps of a job; `worker.handle.JobHandler` is the real one. StoreUnavailable of any step is waited out."""
+
+    def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]: ...  # noqa: D102
+    def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]: ...  # noqa: D102
+    def prepare_batches(self, jobs: Sequence[ClaimedJob]) -> list[ReadyBatch]: ...  # noqa: D102
+    def run_batch(self, batch: ReadyBatch) -> list[Outcome]: ...  # noqa: D102
+    def write_outcomes(self, outcomes: Sequence[Outcome]) -> object: ...  # noqa: D102
+    def release_jobs(self, job_ids: Sequence[int]) -> int: ...  # noqa: D102
+
+
+class Ticket:
+    """One message in the batcher; its task waits here."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._ending = Ending.DONE
+        self._over = threading.Event()
+        if count == 0:
+            self._over.set()
+
+    def wait(self, timeout_s: float | None = None) -> Ending | None:
+        """How it ended; None when it has not within `timeout_s`."""
+        return self._ending if self._over.wait(timeout_s) else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody needs to wait any more."""
+        return self._over.is_set()
+
+    def settle(self, ending: Ending = Ending.DONE) -> bool:
+        """One job less; True when it was the last. The batcher calls this under its lock."""
+        if ending is not Ending.DONE:
+            self._ending = ending
+        self._left -= 1
+        if self._left > 0:
+            return False
+        self._over.set()
+        return True
+
+
+@dataclass(slots=True)
+class Entry:
+    """One job of one message. `attempt`: how often it was started before, as far as is known."""
+
+    job_id: int
+    urgency: int
+    arrived: float
+    ticket: Ticket
+    attempt: int = 0
+    is_settled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """`capacity` is how many messages can wait here at once: when all do, nothing more can join a batch."""
+
+    max_batch: int
+    batch_wait_s: float
+    capacity: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a batcher has done since it started."""
+
+    batches: int = 0
+    images: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    forward_s: float = 0.0
+
+
+class Batcher:
+    """The pipeline of one process. `on_fatal` is called once, by the thread of the stage that failed."""
+
+    def __init__(
+        self, handler: Handler, limits: BatchLimits, on_fatal: Callable[[str, BaseException], None] | None = None
+    ) -> None:
+        self._handler = handler
+        self._limits = limits
+        self._on_fatal = on_fatal or (lambda stage, error: None)
+        self._changed = threading.Condition()
+        self._buffer: list[Entry] = []
+        self._moving: list[Entry] = []  # out of the buffer, not claimed yet
+        self._claimed: dict[int, list[Entry]] = {}  # jobs this process holds a lease on
+        self._started: set[int] = set()  # those of them that a forward pass has seen
+        self._forward_since: float | None = None
+        self._ahead = 0
+        self._open_tickets = 0
+        self._last_submit = time.monotonic()
+        self._stopping = False
+        self._closed = False
+        self._ready: queue.SimpleQueue[ReadyBatch | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[list[Outcome] | None] = queue.SimpleQueue()
+        self._threads = [
+            self._make_thread("gather", self._gather),
+            self._make_thread("forward", self._forward),
+            self._make_thread("write", self._write),
+        ]
+        self.tally = Tally()
+
+    # What tasks and watchdogs call
+
+    def start(self) -> None:
+        """Start the stages."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job_ids: Sequence[int], priority: Priority | str) -> Ticket:
+        """Take a message's jobs in; the caller waits on the ticket."""
+        ticket = Ticket(len(job_ids))
+        moment = time.monotonic()
+        urgency = URGENCY.get(priority, len(URGENCY))
+        with self._changed:
+            self._last_submit = moment
+            if not ticket.is_over:
+                self._open_tickets += 1
+            entries = [Entry(job_id, urgency, moment, ticket) for job_id in job_ids]
+            if self._stopping:
+                self._settle(entries, Ending.RELEASED)
+            else:
+                self._buffer.extend(entries)
+            self._changed.notify_all()
+        return ticket
+
+    def release_waiting(self) -> None:
+        """Finish the batch in hand and give back everything else at once; later messages are given back too."""
+        with self._changed:
+            self._stopping = True
+            waiting, self._buffer = self._buffer, []
+            self._settle(waiting, Ending.RELEASED)
+            unstarted = [job_id for job_id in self._claimed if job_id not in self._started]
+            self._changed.notify_all()
+        if unstarted:
+            self._release(unstarted)
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Stop the stages after `release_waiting`; False when one of them did not end in time. Ends every ticket."""
+        self.release_waiting()
+        self.wait_idle(timeout_s)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._ready.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        self._break_tickets(Ending.RELEASED)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no message is in hand; False when some still are."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open_tickets, timeout_s)
+
+    def jobs_in_hand(self) -> list[int]:
+        """Jobs this process holds a lease on."""
+        with self._changed:
+            return list(self._claimed)
+
+    def jobs_unstarted(self) -> list[int]:
+        """Those of the jobs in hand that no forward pass has seen."""
+        with self._changed:
+            return [job_id for job_id in self._claimed if job_id not in self._started]
+
+    @property
+    def forward_seconds(self) -> float:
+        """How long the present forward pass has been running; 0 when there is none."""
+        since = self._forward_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long ago the last message came in; 0 while messages are in hand."""
+        with self._changed:
+            return 0.0 if self._open_tickets else time.monotonic() - self._last_submit
+
+    # Stage 1: gather
+
+    def _gather(self) -> None:
+        while self._take_batch():
+            is_suspect = self._moving[0].attempt > 0
+            if not is_suspect:
+                self._part_suspects()
+            for batch in self._claim_moving(is_suspect):
+                self._hand_over(batch)
+            if is_suspect:
+                self._wait_alone()
+
+    def _take_batch(self) -> bool:
+        """Move the next jobs out of the buffer: either suspects or none; False when all is over."""
+        with self._changed:
+            while True:
+                self._wait_due()
+                if self._closed:
+                    return False
+                chosen = self._choose_entries()
+                if not chosen[0].attempt or not self._claimed:
+                    break
+                # A suspect is next: let the pipeline run empty, then look again, for something urgent may have come.
+                self._changed.wait()
+            gone = set(map(id, chosen))
+            self._buffer = [entry for entry in self._buffer if id(entry) not in gone]
+            self._moving = chosen
+            return True
+
+    def _wait_due(self) -> None:
+        """Wait until there is room ahead and a batch is full, has waited long enough, or can grow no more."""
+        while not self._closed:
+            now = time.monotonic()
+            if not self._buffer or self._ahead >= MAX_AHEAD:
+                self._changed.wait()
+                continue
+            due = min(entry.arrived for entry in self._buffer) + self._limits.batch_wait_s
+            is_full = len(self._buffer) >= self._limits.max_batch or self._open_tickets >= self._limits.capacity
+            if is_full or now >= due:
+                return
+            self._changed.wait(due - now)
+
+    def _choose_entries(self) -> list[Entry]:
+        aged = time.monotonic() - AGE_FLOOR_S
+        ordered = sorted(self._buffer, key=lambda entry: (entry.urgency if entry.arrived > aged else 0, entry.arrived))
+        first = ordered[0]
+        if not first.attempt:
+            return [entry for entry in ordered if not entry.attempt][: self._limits.max_batch]
+        if first.attempt == 1:
+            return [entry for entry in ordered if entry.attempt == 1][:SUSPECT_GROUP]
+        return [entry for entry in ordered if entry.job_id == first.job_id]
+
+    def _part_suspects(self) -> None:
+        """Keep the jobs that start for the first time; suspects go back to the buffer, marked; the rest is done with.
+
+        A job that is not queued is running elsewhere or has its outcome: the message came late or twice.
+        """
+        entries = self._moving
+        attempts = self._insist(lambda: self._handler.find_attempts([entry.job_id for entry in entries]))
+        with self._changed:
+            self._moving = []
+            if attempts is None:
+                self._settle(entries, Ending.RELEASED)
+                return
+            self._moving = [entry for entry in entries if attempts.get(entry.job_id) == 0]
+            self._settle([entry for entry in entries if entry.job_id not in attempts], Ending.DONE)
+            self._put_back([entry for entry in entries if attempts.get(entry.job_id)], attempts)
+
+    def _claim_moving(self, is_suspect: bool) -> list[ReadyBatch]:
+        job_ids = sorted({entry.job_id for entry in self._moving})
+        claimed = self._insist(lambda: self._handler.claim_jobs(job_ids)) if job_ids else []
+        self._note_claimed(claimed)
+        if not claimed:
+            return []
+        late = [] if is_suspect else [job for job in claimed if job.attempt > 1]
+        if late:
+            self._postpone(late)
+        return self._prepare_jobs([job for job in claimed if job not in late] if late else claimed)
+
+    def _note_claimed(self, claimed: list[ClaimedJob] | None) -> None:
+        with self._changed:
+            entries, self._moving = self._moving, []
+            if claimed is None:
+                self._settle(entries, Ending.RELEASED)
+                return
+            held = {job.id for job in claimed}
+            for entry in entries:
+                if entry.job_id in held:
+                    self._claimed.setdefault(entry.job_id, []).append(entry)
+            self._settle([entry for entry in entries if entry.job_id not in held], Ending.DONE)
+
+    def _postpone(self, jobs: list[ClaimedJob]) -> None:
+        """Give back jobs that another worker claimed and lost between our look and our claim: they are suspects."""
+        attempts = {job.id: job.attempt - 1 for job in jobs}
+        self._insist(lambda: self._handler.release_jobs(list(attempts)))
+        with self._changed:
+            self._put_back([entry for job_id in attempts for entry in self._claimed.pop(job_id, [])], attempts)
+
+    def _put_back(self, entries: list[Entry], attempts: dict[int, int]) -> None:
+        for entry in entries:
+            entry.attempt = attempts[entry.job_id]
+        if self._stopping:
+            self._settle(entries, Ending.RELEASED)
+        else:
+            self._buffer.extend(entries)
+
+    def _prepare_jobs(self, jobs: list[ClaimedJob]) -> list[ReadyBatch]:
+        batches = self._insist(lambda: self._handler.prepare_batches(jobs)) if jobs and not self._stopping else None
+        if batches is None:
+            self._release([job.id for job in jobs])
+        return batches or []
+
+    def _hand_over(self, batch: ReadyBatch) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead < MAX_AHEAD or self._stopping or self._closed)
+            self._ahead += 1
+        self._ready.put(batch)
+
+    def _wait_alone(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._claimed or self._closed)
+
+    # Stage 2: forward
+
+    def _forward(self) -> None:
+        while (batch := self._ready.get()) is not None:
+            if self._start_batch(batch):
+                self._run_batch(batch)
+            else:
+                self._release(batch.job_ids)
+            with self._changed:
+                self._ahead -= 1
+                self._changed.notify_all()
+        self._outcomes.put(None)
+
+    def _start_batch(self, batch: ReadyBatch) -> bool:
+        """Under the lock that `release_waiting` takes too: a job is started or given back, never both."""
+        with self._changed:
+            if self._stopping:
+                return False
+            self._started.update(batch.job_ids)
+            self._forward_since = time.monotonic()
+            return True
+
+    def _run_batch(self, batch: ReadyBatch) -> None:
+        outcomes = self._handler.run_batch(batch)
+        self.tally.forward_s += self.forward_seconds
+        self._forward_since = None
+        self.tally.images += len(batch.jobs)
+        self.tally.batches += 1
+        self._outcomes.put(outcomes)
+
+    # Stage 3: write
+
+    def _write(self) -> None:
+        while (outcomes := self._outcomes.get()) is not None:
+            for rows in self._write_rows(outcomes):
+                states = Counter(row.text is not None for row in rows)
+                self.tally.succeeded += states[True]
+                self.tally.failed += states[False]
+                self._finish_jobs([row.job_id for row in rows])
+
+    def _write_rows(self, rows: list[Outcome]) -> Iterator[list[Outcome]]:
+        """Write the outcomes; one the store refuses fails alone, it does not keep the others from being written."""
+        try:
+            if self._insist(lambda: self._handler.write_outcomes(rows) or True, patient=True):
+                yield rows
+        except StoreError as error:
+            logger.warning("the store refuses %d outcomes: %s", len(rows), describe_error(error))
+            if len(rows) > 1:
+                for row in rows:
+                    yield from self._write_rows([row])
+            elif rows[0].reason == Reason.BUG:
+                raise
+            else:
+                refused = replace(
+                    rows[0], text=None, score=None, reason=Reason.BUG, detail="the store refuses its text"
+                )
+                yield from self._write_rows([refused])
+
+    # Endings
+
+    def _finish_jobs(self, job_ids: Iterable[int], ending: Ending = Ending.DONE) -> None:
+        with self._changed:
+            for job_id in job_ids:
+                self._started.discard(job_id)
+                self._settle(self._claimed.pop(job_id, []), ending)
+            self._changed.notify_all()
+
+    def _release(self, job_ids: Sequence[int]) -> None:
+        """Give back claimed jobs that were not started. When the store is away their leases run out by themselves."""
+        try:
+            self._handler.release_jobs(job_ids)
+        except StoreError as error:
+            logger.warning("%d jobs wait for their lease to end: %s", len(job_ids), describe_error(error))
+        self._finish_jobs(job_ids, Ending.RELEASED)
+
+    def _settle(self, entries: Iterable[Entry], ending: Ending) -> None:
+        """Take entries off their tickets, under the lock; a second time does nothing."""
+        for entry in entries:
+            if not entry.is_settled:
+                entry.is_settled = True
+                self._open_tickets -= entry.ticket.settle(ending)
+        self._changed.notify_all()
+
+    def _break_tickets(self, ending: Ending) -> None:
+        with self._changed:
+            self._stopping = True
+            held = [entry for entries in self._claimed.values() for entry in entries]
+            self._settle(self._buffer + self._moving + held, ending)
+            self._buffer = []
+
+    # Running and retrying
+
+    def _make_thread(self, stage: str, run: Callable[[], None]) -> threading.Thread:
+        return threading.Thread(target=self._guard, args=(stage, run), name=f"batcher-{stage}", daemon=True)
+
+    def _guard(self, stage: str, run: Callable[[], None]) -> None:
+        """Run a stage; whatever ends it ends every ticket, so that no task waits for ever."""
+        try:
+            run()
+        except BaseException as error:
+            logger.critical("stage %s failed: %s", stage, describe_error(error), exc_info=True)
+            self._break_tickets(Ending.BROKEN)
+            self._on_fatal(stage, error)
+
+    def _insist(self, call: Callable[[], Result], patient: bool = False) -> Result | None:
+        """Call until the store answers; None when the process stops meanwhile (`patient`: only when it is closed)."""
+        pause = RETRY_FIRST_S
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                logger.warning("the store does not answer, trying again: %s", describe_error(error))
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed or (self._stopping and not patient), pause):
+                    return None
+            pause = min(2 * pause, RETRY_LONGEST_S)

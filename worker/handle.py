@@ -1,0 +1,213 @@
+"""What is done with jobs, step by step: claim, prepare, run, write. Plain functions over plain records, no queue.
+
+    claim_jobs       ids -> ClaimedJobs         one transaction; what is not queued any more is left out
+    prepare_batches  ClaimedJobs -> ReadyBatch  pictures decoded; only equal checkpoint and settings share a batch
+    run_batch        ReadyBatch -> Outcomes     the forward pass
+    write_outcomes   Outcomes -> rows           one transaction
+
+An item that fails becomes an Outcome with a reason at the step where it fails; the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from db import jobs as job_rows
+from db.session import Store
+from models.base import Captioner, Picture
+from models.decode_guard import RenderRequest
+from models.display import PROFILES
+from readroom.errors import CheckpointBroken, CheckpointError, DeviceBroken, ImageError, OutOfMemory
+from readroom.log import describe_error
+from readroom.records import ClaimedJob, GeneratedText, GenerationSettings, ImageRef, JobKind, Outcome, Reason
+from worker.engine import Engine, ModelFailure
+
+logger = logging.getLogger(__name__)
+
+DIGEST_THREADS = 4
+
+
+class Renderer(Protocol):
+    """Turns files into pictures; `models.decode_guard.DecodeGuard` is the real one."""
+
+    def render_many(self, requests: Iterable[RenderRequest]) -> list[Picture | ImageError]:
+        """One picture or error for each request, in order."""
+        ...
+
+    def close(self) -> None:
+        """End what it started."""
+        ...
+
+
+class BatchKey(NamedTuple):
+    """What jobs must have in common to share a forward pass."""
+
+    kind: JobKind
+    captioner: str
+    checkpoint: str
+    settings: GenerationSettings
+
+
+@dataclass(slots=True)
+class ReadyBatch:
+    """Jobs whose pictures are ready, and the outcomes of those whose pictures cannot be had."""
+
+    key: BatchKey
+    jobs: list[ClaimedJob] = field(default_factory=list)
+    images: list[Picture] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+
+    @property
+    def job_ids(self) -> list[int]:
+        """All jobs this batch answers for."""
+        return [job.id for job in self.jobs] + [outcome.job_id for outcome in self.failed]
+
+
+@dataclass(frozen=True, slots=True)
+class JobHandler:
+    """The steps of a job with what they need. `owner` names this process on the leases it takes."""
+
+    store: Store
+    engine: Engine
+    renderer: Renderer
+    owner: str
+    lease_s: float
+    max_attempts: int
+
+    def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]:
+        """How often each of these jobs was started before; jobs that are not queued are left out."""
+        return job_rows.find_attempts(self.store, job_ids)
+
+    def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]:
+        """Take a lease on those that are still queued. Raises StoreError."""
+        return job_rows.claim_jobs(self.store, job_ids, self.owner, self.lease_s)
+
+    def renew_leases(self, job_ids: Sequence[int]) -> int:
+        """Keep the leases of jobs in hand. Raises StoreError."""
+        return job_rows.renew_leases(self.store, job_ids, self.owner, self.lease_s)
+
+    def release_jobs(self, job_ids: Sequence[int]) -> int:
+        """Give back jobs that were not started; their attempt does not count. Raises StoreError."""
+        return job_rows.release_jobs(self.store, job_ids, self.owner)
+
+    def prepare_batches(self, jobs: Sequence[ClaimedJob]) -> list[ReadyBatch]:
+        """Decode the pictures, one batch for each checkpoint and settings. Raises StoreError and EngineError."""
+        groups: dict[BatchKey, list[ClaimedJob]] = {}
+        for job in jobs:
+            key = BatchKey(job.kind, job.captioner, job.checkpoint, job.settings)
+            groups.setdefault(key, []).append(job)
+        return [self._prepare_group(key, group) for key, group in groups.items()]
+
+    def run_batch(self, batch: ReadyBatch) -> list[Outcome]:
+        """The forward pass: an outcome for each job of the batch. Raises DeviceBroken."""
+        if not batch.jobs:
+            return batch.failed
+        begin = time.monotonic()
+        try:
+            results = self.engine.run_captions(batch.key.checkpoint, batch.images, batch.key.settings)
+        except DeviceBroken:
+            raise
+        except Exception as error:
+            return batch.failed + fail_jobs(batch.jobs, *_blame_model(error))
+        model_ms = (time.monotonic() - begin) * 1000 / len(batch.jobs)
+        done = [_make_outcome(job, result, model_ms) for job, result in zip(batch.jobs, results, strict=True)]
+        return batch.failed + done
+
+    def write_outcomes(self, outcomes: Sequence[Outcome]) -> job_rows.Written:
+        """Write what became of a batch, in one transaction. Raises StoreError."""
+        return job_rows.write_outcomes(self.store, outcomes, self.owner, self.max_attempts)
+
+    def _prepare_group(self, key: BatchKey, jobs: list[ClaimedJob]) -> ReadyBatch:
+        if key.kind is not JobKind.CAPTION:
+            return ReadyBatch(key, failed=fail_jobs(jobs, Reason.BUG, f"this worker runs no {key.kind} jobs"))
+        try:
+            captioner = self.engine.find_captioner(key.checkpoint)
+            pictures = self._load_pictures(captioner, [job.image for job in jobs])
+        except (CheckpointError, OutOfMemory) as error:
+            return ReadyBatch(key, failed=fail_jobs(jobs, *_blame_model(error)))
+        batch = ReadyBatch(key)
+        for job, picture in zip(jobs, pictures, strict=True):
+            if isinstance(picture, ImageError):
+                batch.failed.append(_fail_job(job, picture.reason, picture.detail))
+            else:
+                batch.jobs.append(job)
+                batch.images.append(picture)
+        return batch
+
+    def _load_pictures(self, captioner: Captioner, refs: Sequence[ImageRef]) -> list[Picture | ImageError]:
+        if not getattr(captioner, "needs_pixels", True):
+            return [picture_digest(ref.digest) for ref in refs]
+        if captioner.profile not in PROFILES:
+            raise CheckpointBroken(f"it asks for the unknown pixel profile {captioner.profile!r}")
+        problems = _map_threads(check_file, refs)
+        sound = [ref for ref, problem in zip(refs, problems, strict=True) if problem is None]
+        requests = [RenderRequest(ref.path, captioner.profile, captioner.image_size, ref.frame) for ref in sound]
+        rendered = iter(self.renderer.render_many(requests) if requests else [])
+        return [next(rendered) if problem is None else problem for problem in problems]
+
+
+def check_file(ref: ImageRef) -> ImageError | None:
+    """What is wrong with a file before it is decoded: gone, unreadable, or not the one that was enqueued.
+
+    Results are kept by content: a caption of other content must not stand under this digest.
+    """
+    try:
+        with Path(ref.path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ImageError(Reason.MISSING, "the file is no longer there")
+    except (OSError, ValueError) as error:
+        return ImageError(Reason.UNREADABLE, type(error).__name__)
+    if ref.digest and digest != ref.digest:
+        return ImageError(Reason.CHANGED, "the file's content changed after it was enqueued")
+    return None
+
+
+def picture_digest(digest: str) -> Picture:
+    """A digest as a grey picture of 1 x 32, for a model that looks at nothing (benchmarks of the queue)."""
+    content = hashlib.sha256(digest.encode()).digest()
+    return np.frombuffer(content, dtype=np.uint8).reshape(1, -1)
+
+
+def fail_jobs(jobs: Iterable[ClaimedJob], reason: str, detail: str, retry: bool = False) -> list[Outcome]:
+    """The same failure for each of several jobs."""
+    return [_fail_job(job, reason, detail, retry) for job in jobs]
+
+
+def _fail_job(job: ClaimedJob, reason: str, detail: str, retry: bool = False) -> Outcome:
+    return Outcome(job.id, job.attempt, job.checkpoint, reason=str(reason), detail=detail, retry=retry)
+
+
+def _make_outcome(job: ClaimedJob, result: GeneratedText | ModelFailure, model_ms: float) -> Outcome:
+    if isinstance(result, ModelFailure):
+        return _fail_job(job, result.reason, result.detail, result.retry)
+    return Outcome(job.id, job.attempt, job.checkpoint, text=result.text, score=result.score, model_ms=model_ms)
+
+
+def _blame_model(error: Exception) -> tuple[str, str, bool]:
+    """Reason, detail and whether a later attempt may pass, for an error that concerns a whole batch."""
+    logger.warning("a batch could not be run: %s", describe_error(error))
+    if isinstance(error, CheckpointError):
+        return Reason.CHECKPOINT, str(error), False
+    if isinstance(error, OutOfMemory):
+        return Reason.MODEL_FAILED, "the device has too little memory for the model", True
+    return Reason.MODEL_FAILED, type(error).__name__, False
+
+
+def _map_threads(
+    function: Callable[[ImageRef], ImageError | None], refs: Sequence[ImageRef]
+) -> list[ImageError | None]:
+    """Hash files side by side: hashing leaves the interpreter's lock, and network disks take their time."""
+    if len(refs) == 1:
+        return [function(refs[0])]
+    with ThreadPoolExecutor(DIGEST_THREADS, thread_name_prefix="digest") as threads:
+        return list(threads.map(function, refs))
