@@ -14,7 +14,6 @@ from tests.architecture.source import (
     PACKAGES,
     ROOT,
     count_lines,
-    imported_names,
     list_functions,
     list_modules,
     name_of,
@@ -27,6 +26,7 @@ DOORS = ("train_blip.py", "evaluate.py", "inference.py")
 LONG_FUNCTIONS = {"train_captioner", "run_recipe", "train"}
 # Who may look a variable up. Preparing the environment of a child process is no look-up.
 ENVIRONMENT_READERS = {"readroom/settings.py"}
+UNPICKLER = re.compile(r"^(c?pickle|dill|joblib|shelve|marshal)\.(loads?|Unpickler|open)$|^Unpickler$")
 
 
 def test_every_init_file_is_empty() -> None:
@@ -53,7 +53,8 @@ def test_functions_are_short() -> None:
         f"{name_of(path)}:{function.name}": count_lines(function)
         for path in list_modules()
         for function in list_functions(path)
-        if function.name not in LONG_FUNCTIONS
+        # A migration is a list of tables, however it is cut.
+        if function.name not in LONG_FUNCTIONS and "migrations" not in path.parts
     }
     assert len(lengths) > 200
     values = sorted(lengths.values())
@@ -70,9 +71,10 @@ def test_only_settings_read_the_environment() -> None:
 
 
 def test_nothing_is_ever_unpickled() -> None:
-    picklers = [name_of(p) for p in list_modules() if {"pickle", "dill", "joblib", "shelve"} & imported_names(p)]
-    assert picklers == []
-    loads = [(name_of(path), call) for path in list_modules() for call in _torch_loads(path)]
+    calls = [(name_of(path), call) for path in list_modules() for call in _list_calls(path)]
+    assert len(calls) > 1000
+    assert [name for name, call in calls if UNPICKLER.match(ast.unparse(call.func))] == []
+    loads = [(name, call) for name, call in calls if ast.unparse(call.func) == "torch.load"]
     assert [name for name, call in loads if not _loads_weights_only(call)] == []
 
 
@@ -117,9 +119,8 @@ def _is_look_up(node: ast.AST) -> bool:
     )
 
 
-def _torch_loads(path: Path) -> list[ast.Call]:
-    calls = [node for node in ast.walk(parse_module(path)) if isinstance(node, ast.Call)]
-    return [call for call in calls if ast.unparse(call.func) == "torch.load"]
+def _list_calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(parse_module(path)) if isinstance(node, ast.Call)]
 
 
 def _loads_weights_only(call: ast.Call) -> bool:
