@@ -11,7 +11,6 @@ import bz2
 import gzip
 import lzma
 import os
-import re
 import stat
 import struct
 import tarfile
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from producer.walk import judge_name
 from readroom.errors import SourceError
 from readroom.records import Reason, SkippedItem
 from readroom.settings import MEBIBYTE, Settings
@@ -128,15 +128,6 @@ def translate_damage(values: Iterator[T]) -> Iterator[T]:
         raise SourceError(Reason.CORRUPT, "the archive is damaged, or not what its name says") from None
     except (tarfile.TarError, zlib.error, lzma.LZMAError, OSError, ValueError, OverflowError):
         raise SourceError(Reason.CORRUPT, "the archive is damaged, or not what its name says") from None
-
-
-def judge_name(name: str) -> str | None:
-    """Why an entry's name is unsafe, None when it is safe: absolute, climbing (`..`), or with a NUL."""
-    if not name or "\0" in name:
-        return "a name that is none"
-    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
-        return "an absolute name"
-    return "a name that climbs out of the archive" if ".." in re.split(r"[/\\]", name) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- zip

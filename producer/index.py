@@ -14,13 +14,10 @@ from dataclasses import dataclass
 
 CACHE_KIB = 2048
 SCHEMA = """
-    PRAGMA journal_mode = OFF;
-    PRAGMA synchronous = OFF;
     CREATE TABLE instances (uid BLOB PRIMARY KEY, path BLOB, pixels_start INT, pixels_end INT, digest TEXT,
                             pixels_digest TEXT) WITHOUT ROWID;
     CREATE TABLE studies (uid BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE raw_images (number INTEGER PRIMARY KEY, item TEXT, study BLOB);
-    BEGIN;
 """
 
 
@@ -38,13 +35,19 @@ class Content:
     pixels_digest: str = ""
 
 
+def open_temporary(schema: str) -> sqlite3.Connection:
+    """A nameless SQLite file of 2 MiB of memory at most, in one transaction that is never committed."""
+    connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    pragmas = f"PRAGMA cache_size = -{CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+    connection.executescript(f"{pragmas} {schema} BEGIN;")
+    return connection
+
+
 class ExportIndex:
     """Bounded memory of one walk."""
 
     def __init__(self) -> None:
-        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        self._connection.executescript(SCHEMA)
+        self._connection = open_temporary(SCHEMA)
 
     def close(self) -> None:
         """Forget everything."""

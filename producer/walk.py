@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def _list_folder(folder: str, item: str) -> Iterator[tuple[str, str] | SkippedIt
 def _look_at(path: str) -> int:
     try:
         return os.lstat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):
         return 0
 
 
@@ -114,6 +115,15 @@ def open_file(path: str) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise SourceError(Reason.UNREADABLE, "the file is no regular file any more")
         yield file
+
+
+def judge_name(name: str) -> str | None:
+    """Why a name that somebody else chose is unsafe (absolute, climbing, with a NUL); None when it is safe."""
+    if not name or "\0" in name:
+        return "a name that is none"
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+        return "an absolute name"
+    return "a name that climbs out of the archive" if ".." in re.split(r"[/\\]", name) else None
 
 
 def clean_item(item: str) -> str:

@@ -156,19 +156,19 @@ def scan_source(settings: Settings, intake: Intake) -> Iterator[FoundImage | Ski
         case "pacs":
             from producer.pacs import scan_export
 
-            return scan_export(intake.path, settings)
+            return scan_export(intake.path, settings, keep=not intake.dry_run)
         case "coco":
             from producer.coco import read_coco
 
-            return read_coco(intake.path, **options)
+            return read_coco(intake.path, settings, **options)
         case "mimic":
             from producer.mimic import scan_mimic
 
-            return scan_mimic(intake.path, **options)
+            return scan_mimic(intake.path, settings, **options)
         case "images":
             from producer.images import scan_images
 
-            return scan_images(intake.path)
+            return scan_images(intake.path, settings)
     raise BadCall(f"no producer reads {intake.source_kind}")
 
 

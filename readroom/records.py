@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -210,13 +211,14 @@ class SubmissionCounts:
     found: int = 0
     queued: int = 0
     already_done: int = 0
-    skipped: list[SkippedItem] = field(default_factory=list)
+    skipped: Sequence[SkippedItem] = field(default_factory=list)  # a producer's stands in a file, not in memory
     studies: int = 0
     images: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The document `enqueue --json` prints."""
-        return asdict(self)
+        skipped = [asdict(item) for item in self.skipped]
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"skipped": skipped}
 
 
 def digest_json(value: Any) -> str:
