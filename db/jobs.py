@@ -216,7 +216,8 @@ def forget_published(
 ) -> int:
     """Take the messages of jobs that wait for longer than `older_than_s` for lost; how many (`limit` at most)."""
     old = (state_is(JobState.QUEUED), jobs.c.kind.in_(kinds), jobs.c.published_at < now() - older_than_s)
-    lost = select(jobs.c.id).where(*old, jobs.c.priority.in_(priorities)).order_by(jobs.c.published_at, jobs.c.id).limit(limit)
+    chosen = select(jobs.c.id).where(*old, jobs.c.priority.in_(priorities))
+    lost = chosen.order_by(jobs.c.published_at, jobs.c.id).limit(limit)
     with store.begin() as connection:
         ids = connection.scalars(lost.with_for_update(key_share=True, skip_locked=True)).all()
         for part in slice_ids(ids):
