@@ -9,19 +9,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>.+?)\s*-->")
+ENDS_WITH = re.compile(r"<!--\s*ends with status (?P<status>\d+):\s*.+?\s*-->")
 FENCE = re.compile(r"^```(?P<language>\w*)\s*$")
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. `left_out` is the reason that stands in a comment above it, or None."""
+    """A fenced block. A comment above it can say why it is not run (`left_out`), or its exit status (`status`)."""
 
     page: str
     line: int
     language: str
     text: str
     left_out: str | None
+    status: int
 
 
 def list_pages() -> list[Path]:
@@ -42,8 +44,9 @@ def read_blocks(page: Path) -> Iterator[Block]:
             if inner.startswith("```"):
                 break
             body.append(inner)
-        mark = NOT_RUN.search(above)
-        yield Block(page.name, number, fence["language"], "\n".join(body), mark["reason"] if mark else None)
+        mark, end = NOT_RUN.search(above), ENDS_WITH.search(above)
+        reason, status = mark["reason"] if mark else None, int(end["status"]) if end else 0
+        yield Block(page.name, number, fence["language"], "\n".join(body), reason, status)
         above = ""
 
 
