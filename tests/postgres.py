@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -51,16 +50,15 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
-    def kill(self) -> None:
-        """SIGKILL the server's main process and wait until its port is free of it."""
-        pid = int((self.data / "postmaster.pid").read_text().splitlines()[0])
-        os.kill(pid, signal.SIGKILL)
-
-    def create_database(self) -> str:
-        """The URL of a new empty database."""
+    def create_database(self, template: str = "template1") -> str:
+        """The URL of a new database, empty or a copy of another that nobody is connected to."""
         name = f"store_{secrets.token_hex(6)}"
-        self.execute(f"CREATE DATABASE {name}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Delete a database together with the sessions that still use it."""
+        self.execute(f"DROP DATABASE {url.rsplit('/', 1)[1]} WITH (FORCE)")
 
     def execute(self, statement: str, database: str = USER) -> None:
         """Run one statement outside any transaction."""
