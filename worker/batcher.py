@@ -192,8 +192,9 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._ready.put(None)
-        for thread in self._threads:
+        for thread, orders in zip(self._threads, (None, self._ready, self._outcomes), strict=True):
+            if orders is not None:
+                orders.put(None)
             thread.join(timeout_s)
         self._break_tickets(Ending.RELEASED)
         return not any(thread.is_alive() for thread in self._threads)
@@ -358,7 +359,6 @@ class Batcher:
             with self._changed:
                 self._ahead -= 1
                 self._changed.notify_all()
-        self._outcomes.put(None)
 
     def _start_batch(self, batch: ReadyBatch) -> bool:
         """Under the lock that `release_waiting` takes too: a job is started or given back, never both."""

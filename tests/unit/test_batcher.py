@@ -10,7 +10,7 @@ from readroom.errors import StoreError, StoreUnavailable
 from readroom.records import Priority
 from tests.fakes.handler import FakeHandler, make_rows
 from worker import batcher as batcher_module
-from worker.batcher import BatchLimits, Batcher, Ending, Ticket
+from worker.batcher import Batcher, BatchLimits, Ending, Ticket
 
 WAIT_S = 20.0
 LONG_S = 600.0  # a batch timer that must never be waited for in these tests
@@ -122,7 +122,7 @@ def test_the_next_batch_is_decoded_while_the_forward_pass_runs() -> None:
     with run_batcher(handler, max_batch=1) as batcher:
         tickets = [batcher.submit([1], Priority.BULK), batcher.submit([2], Priority.BULK)]
 
-        assert prepared.wait(WAIT_S)
+        assert prepared.wait(WAIT_S) and handler.entered.wait(WAIT_S)
         assert handler.batches == [[1]]
 
         handler.gate.set()

@@ -32,7 +32,7 @@ from models.pixels import (
     to_model_input,
 )
 from readroom.errors import BadCall, ImageError
-from tests.fakes.instances import SECRET, draw_gradient, make_dataset, make_instance, to_bytes
+from tests.fakes.instances import SECRET, add_lookup, draw_gradient, make_dataset, make_instance, to_bytes
 
 WINDOW = {"WindowCenter": 2048, "WindowWidth": 4096}
 GRADIENT = draw_gradient()
@@ -130,6 +130,41 @@ def test_an_invalid_window_falls_back_to_percentiles(window: tuple[str, str]) ->
 def test_the_first_of_several_windows_is_used() -> None:
     several = make_instance(GRADIENT, 12, WindowCenter=[2048, 100], WindowWidth=[4096, 10])
     assert np.array_equal(render_source(several), render_source(make_instance(GRADIENT, 12, **WINDOW)))
+
+
+def test_without_a_window_half_a_percent_at_either_end_is_clipped() -> None:
+    pixels = np.full((20, 50), 2000, dtype=np.uint16)
+    pixels[0, :4], pixels[1, :5], pixels[2, :4], pixels[3, :5] = 0, 1000, 4095, 3000  # 1000 pixels: 5 are 0.5 %
+    image = render_source(make_instance(pixels, 12))
+    assert (image[0, 0], image[1, 0], image[2, 0], image[3, 0], image[5, 5]) == (0, 0, 255, 255, 128)
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_lookup_tables_of_65536_entries_and_of_packed_bytes_are_read(words: bool) -> None:
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    long = make_dataset(values)
+    add_lookup(long, "VOILUTSequence", 0, 16, 65535 - values.ravel(), words)  # written as 0 entries
+    assert np.array_equal(render_source(to_bytes(long)), np.rint((65535 - values) / 65535 * 255))
+    packed = make_dataset(values)
+    add_lookup(packed, "VOILUTSequence", 100, 8, np.arange(256, dtype=np.uint8)[::-1].copy().view("<u2"), words)
+    packed.VOILUTSequence[0].LUTDescriptor = [256, 100, 8]
+    assert np.array_equal(render_source(to_bytes(packed)), 255 - np.clip(values.astype(int) - 100, 0, 255))
+
+
+def test_a_fractional_rescale_meets_the_nearest_entry_of_a_voi_table() -> None:
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    dataset = make_dataset(values, 12, RescaleSlope="0.25", RescaleIntercept="0")
+    add_lookup(dataset, "VOILUTSequence", 0, 8, np.arange(8) * 10, words=True)
+    assert np.array_equal(render_source(to_bytes(dataset)), np.rint(values / 4) * 10)
+
+
+@pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_an_unusable_lookup_table_falls_back_to_percentiles(keyword: str) -> None:
+    dataset = make_dataset(GRADIENT, 12)
+    expected = render_source(to_bytes(dataset))
+    add_lookup(dataset, keyword, 0, 12, np.arange(10), words=False)
+    getattr(dataset, keyword)[0].LUTDescriptor = [4096, 0, 12]  # more entries than there are
+    assert np.array_equal(render_source(to_bytes(dataset)), expected)
 
 
 def test_a_flat_image_is_grey_and_an_all_padding_one_black() -> None:
