@@ -115,12 +115,11 @@ def decode_words(word_bits: int, header: Any) -> FloatArray:
     Bits above High Bit and below the value are dropped: old files keep overlays there.
     """
     stored_bits = min(int(read_number(header, "BitsStored") or word_bits), word_bits)
-    stored: NDArray[np.int64] = (np.arange(2**word_bits) >> find_shift(header, stored_bits, word_bits)) & (
-        2**stored_bits - 1
-    )
+    words = np.arange(2**word_bits, dtype=np.int64) >> find_shift(header, stored_bits, word_bits)
+    stored = words & (2**stored_bits - 1)
     if is_signed(header):
         stored -= (stored >> (stored_bits - 1)) << stored_bits
-    return stored.astype(np.float64)
+    return np.asarray(stored, dtype=np.float64)
 
 
 def find_shift(header: Any, stored_bits: int, word_bits: int) -> int:
