@@ -555,7 +555,7 @@ def drop_failures(
 @click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id [READROOM_BLIP_MODEL].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines.")
 def caption(images: tuple[Path, ...], model: str | None, as_json: bool) -> None:
-    """Caption images now, without any queue. DICOM, JPEG, PNG and so on."""
+    """Caption images now, without any queue: files or folders of DICOM, JPEG, PNG and so on."""
     from readroom.captions import caption_now
 
     rows = caption_now(load_settings(), images, model)
