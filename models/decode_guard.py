@@ -36,6 +36,7 @@ from readroom.records import Reason
 CHILD_MODULE = "models.decode_child"
 START_SECONDS = 60.0  # a child imports for about 0.6 s, on a busy machine for several
 STOP_SECONDS = 2.0
+START_REMEDY = "Run: readroom doctor"
 MAX_HEADER_BYTES = 65536
 PIPE_STEP_BYTES = 2**20
 
@@ -112,7 +113,10 @@ class Child:
         """Start the process and wait until it is ready. Raises EngineError when it does not start."""
         # -P: the working folder is not searched for modules
         command = [sys.executable, "-P", "-m", module, str(os.getpid()), str(memory_bytes)]
-        self.process = spawner.start(command, child_environment())
+        try:
+            self.process = spawner.start(command, child_environment())
+        except OSError:
+            raise EngineError("the image decoding process cannot be started", START_REMEDY) from None
         assert self.process.stdin and self.process.stdout
         self._requests, self._replies = self.process.stdin, self.process.stdout
         os.set_blocking(self._requests.fileno(), False)
@@ -121,7 +125,7 @@ class Child:
             self._read_message(time.monotonic() + START_SECONDS, 0)
         except (ChildLost, TimeoutError):
             self.kill()
-            raise EngineError("the image decoding process does not start", "Run: readroom doctor") from None
+            raise EngineError("the image decoding process does not start", START_REMEDY) from None
 
     def is_alive(self) -> bool:
         """Whether the process still runs."""
