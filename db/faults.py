@@ -89,7 +89,7 @@ def _name_sqlite(error: sqlite3.Error) -> StoreError:
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     if code in SQLITE_FULL_CODES:
         return _build(FULL, True, name)
-    if "no such table" in str(error) or "no such column" in str(error):
+    if any(words in str(error) for words in ("no such table", "no such column", "already exists")):
         return _build(SCHEMA, False, name)
     words, passes = SQLITE_FAULTS.get(code & 0xFF, (("the store refuses", ""), False))
     return _build(words, passes, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,13 +125,17 @@ def _identify(held: Row[Any], outcome: Outcome) -> tuple[Any, ...]:
     return held.digest, held.frame, held.kind, held.question, outcome.checkpoint, held.settings_digest
 
 
+def _keep_finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _describe_result(held: Row[Any], outcome: Outcome, worker: str) -> dict[str, Any]:
     identity = dict(zip((column.name for column in IDENTITY), _identify(held, outcome), strict=True))
     return identity | {
         "settings": held.settings,
         "text": outcome.text,
-        "score": outcome.score,
-        "model_ms": outcome.model_ms,
+        "score": _keep_finite(outcome.score),
+        "model_ms": _keep_finite(outcome.model_ms),
         "worker": worker,
         "job_id": outcome.job_id,
         "attempt": outcome.attempt,

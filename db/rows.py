@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgres_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from db.tables import ForeignText
+from db.tables import ForeignJson, ForeignText
 
 IDS_PER_STATEMENT = 5000
 
@@ -64,8 +64,8 @@ def slice_ids(ids: Collection[int]) -> Iterator[list[int]]:
 
 def _select_document(table: Table, rows: Sequence[Mapping[str, Any]]) -> Any:
     columns = [table.c[name] for name in rows[0]]
-    foreign = [one.name for one in columns if isinstance(one.type, ForeignText)]
-    cleaned = [{**row, **{name: ForeignText.clean(row[name]) for name in foreign}} for row in rows]
+    cleaners = {one.name: one.type.clean for one in columns if isinstance(one.type, ForeignText | ForeignJson)}
+    cleaned = [{**row, **{name: clean(row[name]) for name, clean in cleaners.items()}} for row in rows]
     typed = [column(one.name, one.type) for one in columns]
     document = func.json_to_recordset(cast(bindparam(None, cleaned, JSON, unique=True), JSON))
     source = document.table_valued(*typed, name="document").render_derived(with_types=True)

@@ -8,7 +8,10 @@ What stands where:
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -42,6 +45,7 @@ metadata = MetaData(naming_convention=NAMING)
 
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER column
 Digest = String(64)  # SHA-256 in hex
+ODD_ESCAPE = re.compile(r"\\u(0000|d[89a-f])")  # NUL or half of a surrogate pair, as json.dumps writes them
 ESCAPED_BYTE = re.compile(r"\\udc([89a-f][0-9a-f])")
 
 
@@ -80,6 +84,36 @@ class PathText(ForeignText):
         return ESCAPED_BYTE.sub(lambda found: chr(0xDC00 + int(found[1], 16)), value)
 
 
+class ForeignJson(TypeDecorator[Any]):
+    """A JSON document whose strings came from outside: cleaned as ForeignText; NaN and infinities become null."""
+
+    impl = JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Escape what the databases cannot hold."""
+        return self.clean(value)
+
+    @staticmethod
+    def clean(value: Any) -> Any:
+        """The same for a value on its way in a larger document."""
+        try:
+            harmless = ODD_ESCAPE.search(json.dumps(value, allow_nan=False)) is None
+        except ValueError:
+            harmless = False
+        return value if harmless else _clean_json(value)
+
+
+def _clean_json(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {clean_text(str(key)): _clean_json(item) for key, item in value.items()}
+    return [_clean_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 submissions = Table(
     "submissions",
     metadata,
@@ -91,10 +125,10 @@ submissions = Table(
     Column("priority", String(16), nullable=False),
     Column("captioner", Text, nullable=False),
     Column("checkpoint", Text, nullable=False),
-    Column("settings", JSON, nullable=False),
-    Column("kinds", JSON, nullable=False),
+    Column("settings", ForeignJson, nullable=False),
+    Column("kinds", ForeignJson, nullable=False),
     Column("question", ForeignText, nullable=False),
-    Column("options", JSON, nullable=False),
+    Column("options", ForeignJson, nullable=False),
     Column("found", Integer, nullable=False),
     Column("queued", Integer, nullable=False),
     Column("already_done", Integer, nullable=False),
@@ -140,7 +174,7 @@ images = Table(
     Column("rows", Integer),
     Column("columns", Integer),
     Column("size_bytes", BigInteger),
-    Column("flags", JSON, nullable=False),
+    Column("flags", ForeignJson, nullable=False),
     Column("created_at", Double, nullable=False),
     UniqueConstraint("digest", "frame", "sop_instance_uid"),
 )
@@ -155,7 +189,7 @@ results = Table(
     Column("question", ForeignText, nullable=False),
     Column("checkpoint", Text, nullable=False),
     Column("settings_digest", Digest, nullable=False),
-    Column("settings", JSON, nullable=False),
+    Column("settings", ForeignJson, nullable=False),
     Column("text", ForeignText, nullable=False),
     Column("score", Double),
     Column("model_ms", Double),
@@ -180,7 +214,7 @@ jobs = Table(
     Column("checkpoint", Text, nullable=False),
     Column("question", ForeignText, nullable=False),
     Column("settings_digest", Digest, nullable=False),
-    Column("settings", JSON, nullable=False),
+    Column("settings", ForeignJson, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("lease_owner", Text),
     Column("lease_until", Double),
@@ -227,7 +261,7 @@ submission_jobs = Table(
     Column("item", ForeignText, primary_key=True),  # path relative to the source: equal files are two items, one job
     Column("image_id", ForeignKey("images.id"), nullable=False),
     Column("source_id", ForeignText),
-    Column("reference_texts", JSON, nullable=False),
+    Column("reference_texts", ForeignJson, nullable=False),
     sqlite_with_rowid=False,  # the primary key is the table: one B-tree less to write for each link
 )
 
@@ -239,7 +273,7 @@ checkpoints = Table(
     Column("name", Text, nullable=False),
     Column("location", PathText, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("manifest", JSON, nullable=False),
+    Column("manifest", ForeignJson, nullable=False),
     Column("added_at", Double, nullable=False),
 )
 Index(

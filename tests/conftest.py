@@ -32,11 +32,11 @@ def postgres_url(postgres_server: PostgresServer) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_template(postgres_server: PostgresServer) -> str:
-    """The name of a database with all tables: copying it is faster than migrating anew."""
+def postgres_tables(postgres_server: PostgresServer) -> str:
+    """The URL of a database with all tables, emptied after each test: faster than a new one for each."""
     url = postgres_server.create_database()
     open_store(url).close()
-    return url.rsplit("/", 1)[1]
+    return url
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +57,12 @@ def sqlite_store(sqlite_template: Path, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def postgres_store(postgres_server: PostgresServer, postgres_template: str) -> Iterator[Store]:
+def postgres_store(postgres_server: PostgresServer, postgres_tables: str) -> Iterator[Store]:
     """An empty store on the PostgreSQL server."""
-    url = postgres_server.create_database(template=postgres_template)
-    store = open_store(url, create=False)
+    store = open_store(postgres_tables, create=False)
     yield store
     store.close()
-    postgres_server.drop_database(url)
+    postgres_server.empty_database(postgres_tables)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

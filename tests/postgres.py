@@ -14,6 +14,8 @@ from pathlib import Path
 import pg8000.dbapi
 import pytest
 
+from db.tables import metadata
+
 BINARIES = Path("/usr/lib/postgresql")
 USER = "postgres"  # PostgreSQL refuses to run as root; the Debian package makes this user
 # Durability costs time and a test's cluster is thrown away. Restarts keep what was committed all the same.
@@ -50,15 +52,17 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
-    def create_database(self, template: str = "template1") -> str:
-        """The URL of a new database, empty or a copy of another that nobody is connected to."""
+    def create_database(self) -> str:
+        """The URL of a new empty database."""
         name = f"store_{secrets.token_hex(6)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {name}")
         return self.url(name)
 
-    def drop_database(self, url: str) -> None:
-        """Delete a database together with the sessions that still use it."""
-        self.execute(f"DROP DATABASE {url.rsplit('/', 1)[1]} WITH (FORCE)")
+    def empty_database(self, url: str) -> None:
+        """Delete all rows of the store, after ending the sessions that a test left behind."""
+        name = url.rsplit("/", 1)[1]
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        self.execute(f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY", name)
 
     def execute(self, statement: str, database: str = USER) -> None:
         """Run one statement outside any transaction."""

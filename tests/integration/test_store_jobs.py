@@ -216,7 +216,7 @@ def test_a_batch_of_mixed_outcomes_is_written_at_once(store: Store) -> None:
         Outcome(ids[0], 1, "dummy:", text="heart enlarged", score=-0.25, model_ms=12.5),
         Outcome(ids[1], 1, "dummy:", reason=Reason.CORRUPT, detail="cut short"),
         Outcome(ids[2], 1, "dummy:", reason=Reason.MODEL_FAILED, detail="out of memory", retry=True),
-        Outcome(ids[3], 1, "dummy:", text=""),
+        Outcome(ids[3], 1, "dummy:", text="", score=float("nan")),
         Outcome(10**15, 1, "dummy:", text="of no job"),
     ]
     written = write_outcomes(store, outcomes, "w", 3)

@@ -1,0 +1,126 @@
+"""Migrations on SQLite and on PostgreSQL: from nothing to what the tables say, once, whoever comes first."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+
+from db.session import Store, open_store
+from db.tables import metadata
+from db.upgrade import HEAD_REVISION, MIGRATIONS, read_revision
+from readroom.errors import StoreError
+from tests.fakes.items import add_jobs
+
+OPENER = "import sys; from db.session import open_store; print('ready', flush=True); input(); open_store(sys.argv[1])"
+
+
+def test_the_head_named_in_code_is_the_newest_migration() -> None:
+    assert ScriptDirectory(str(MIGRATIONS)).get_heads() == [HEAD_REVISION]
+
+
+def test_an_empty_store_is_migrated_to_exactly_the_tables_of_the_code(empty_url: str) -> None:
+    store = open_store(empty_url)
+    assert read_revision(store) == HEAD_REVISION
+    with store.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+    assert len(metadata.tables) == 7
+    store.close()
+
+
+def test_the_comparison_would_notice_a_difference(empty_url: str) -> None:
+    store = open_store(empty_url)
+    with store.begin() as connection:
+        connection.execute(text("DROP INDEX ix_jobs_leases"))
+        connection.execute(text("ALTER TABLE jobs ADD COLUMN forgotten INTEGER"))
+    with store.read() as connection:
+        changes = compare_metadata(MigrationContext.configure(connection), metadata)
+    assert {change[0] for change in changes} == {"add_index", "remove_column"}
+    store.close()
+
+
+def test_a_second_opening_keeps_what_is_stored(empty_url: str) -> None:
+    first = open_store(empty_url)
+    assert add_jobs(first, 3) != []
+    first.close()
+    second = open_store(empty_url)
+    assert add_jobs(second, 3) == []
+    second.close()
+
+
+def test_four_processes_that_open_an_empty_store_at_once_all_get_it(empty_url: str) -> None:
+    command = [sys.executable, "-c", OPENER, empty_url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    openers = [subprocess.Popen(command, text=True, cwd=Path.cwd(), **pipes) for _ in range(4)]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        assert opener.stdin is not None
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    errors = [opener.communicate(timeout=120)[1] for opener in openers]
+    assert [opener.returncode for opener in openers] == [0, 0, 0, 0], errors
+    store = open_store(empty_url, create=False)
+    with store.read() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
+    store.close()
+
+
+def test_opening_without_creating_asks_for_a_store_first(empty_url: str) -> None:
+    with pytest.raises(StoreError, match="there is no store yet"):
+        open_store(empty_url, create=False)
+
+
+def test_a_store_of_a_newer_release_is_left_alone(empty_url: str) -> None:
+    store = open_store(empty_url)
+    with store.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    for create in (True, False):
+        with pytest.raises(StoreError, match="release"):
+            open_store(empty_url, create=create)
+    assert read_revision(store) == "9999"
+    store.close()
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(empty_url: str) -> None:
+    store = Store(empty_url)
+    if store.path is not None:
+        store.path.parent.mkdir()
+    with store.begin() as connection:
+        connection.execute(text("CREATE TABLE jobs (id INTEGER)"))
+    with pytest.raises(StoreError, match="tables are not what this release expects"):
+        open_store(empty_url)
+    with store.read() as connection:
+        names = set(connection.dialect.get_table_names(connection))
+    assert names - {"alembic_version"} == {"jobs"}
+    store.close()
+
+
+def test_the_sqlite_file_and_its_folder_are_their_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "home" / "readroom.sqlite3"
+    store = open_store(f"sqlite:///{path}")
+    add_jobs(store, 1)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert {name: mode for name, mode in modes.items() if "sqlite3" in name and mode != 0o600} == {}
+    assert f"{path.name}-wal" in modes
+    with store.read() as connection:
+        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+    store.close()
+
+
+def test_a_file_that_is_no_store_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "readroom.sqlite3"
+    path.write_bytes(b"JUNK" * 4096)
+    with pytest.raises(StoreError, match="damaged or no SQLite file"):
+        open_store(f"sqlite:///{path}")
