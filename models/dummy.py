@@ -51,6 +51,7 @@ class DummyModel:
         self.image_size = image_size
         self.base_s = costs["base_ms"] / 1000
         self.item_s = costs["item_ms"] / 1000
+        self.needs_pixels = costs["pixels"] > 0  # else a worker gives it digests for pictures
 
     def prepare(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> DummyBatch:
         """Digest the pictures; `questions` are one a picture, or None for captions. Raises BadCall."""

@@ -54,6 +54,7 @@ class Handler(Protocol):
     def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]: ...  # noqa: D102
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]: ...  # noqa: D102
     def prepare_batches(self, jobs: Sequence[ClaimedJob]) -> list[ReadyBatch]: ...  # noqa: D102
+    def warm_up(self, batch: ReadyBatch) -> None: ...  # noqa: D102
     def run_batch(self, batch: ReadyBatch) -> list[Outcome]: ...  # noqa: D102
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> object: ...  # noqa: D102
     def release_jobs(self, job_ids: Sequence[int]) -> int: ...  # noqa: D102
@@ -352,6 +353,7 @@ class Batcher:
 
     def _forward(self) -> None:
         while (batch := self._ready.get()) is not None:
+            self._handler.warm_up(batch)
             if self._start_batch(batch):
                 self._run_batch(batch)
             else:

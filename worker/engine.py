@@ -60,6 +60,21 @@ class Engine:
             self._refuse_broken(ref)
             return self._load_captioner(ref)
 
+    def warm_up(self, ref: str) -> None:
+        """Run a checkpoint once on nothing, before its first batch. For the thread that runs models.
+
+        Raises DeviceBroken: a device that is lost before it saw a picture is no picture's fault.
+        """
+        if ref in self._warm:
+            return
+        try:
+            self.find_captioner(ref).warm_up()
+        except DeviceBroken:
+            raise
+        except Exception as error:  # the batch itself will tell
+            logger.warning("%s: warming up failed: %s", ref, describe_error(error))
+        self._warm.add(ref)
+
     def run_captions(
         self, ref: str, images: Sequence[Picture], settings: GenerationSettings
     ) -> list[GeneratedText | ModelFailure]:
@@ -67,9 +82,7 @@ class Engine:
 
         Raises DeviceBroken: nothing of the batch is known then, and only a new process helps.
         """
-        captioner = self.find_captioner(ref)
-        self._warm_up(ref, captioner)
-        return self._run_capped(ref, captioner, images, settings)
+        return self._run_capped(ref, self.find_captioner(ref), images, settings)
 
     def _refuse_broken(self, ref: str) -> None:
         error, until = self._broken.get(ref, (None, 0.0))
@@ -105,12 +118,6 @@ class Engine:
         while len(self._loaded) > keep:
             ref, _ = self._loaded.popitem(last=False)
             self._warm.discard(ref)
-
-    def _warm_up(self, ref: str, captioner: Captioner) -> None:
-        # Here and not after loading: only the forward thread may use the device.
-        if ref not in self._warm:
-            captioner.warm_up()
-            self._warm.add(ref)
 
     def _run_capped(
         self, ref: str, captioner: Captioner, images: Sequence[Picture], settings: GenerationSettings

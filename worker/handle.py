@@ -26,7 +26,7 @@ from db.session import Store
 from models.base import Captioner, Picture
 from models.decode_guard import RenderRequest
 from models.display import PROFILES
-from readroom.errors import CheckpointBroken, CheckpointError, DeviceBroken, ImageError, OutOfMemory
+from readroom.errors import CheckpointBroken, CheckpointError, DeviceBroken, ImageError, OutOfMemory, StoreError
 from readroom.log import describe_error
 from readroom.records import ClaimedJob, GeneratedText, GenerationSettings, ImageRef, JobKind, Outcome, Reason
 from worker.engine import Engine, ModelFailure
@@ -106,6 +106,11 @@ class JobHandler:
             key = BatchKey(job.kind, job.captioner, job.checkpoint, job.settings)
             groups.setdefault(key, []).append(job)
         return [self._prepare_group(key, group) for key, group in groups.items()]
+
+    def warm_up(self, batch: ReadyBatch) -> None:
+        """Make the batch's model ready to run. Raises DeviceBroken; the batch counts as not started then."""
+        if batch.jobs:
+            self.engine.warm_up(batch.key.checkpoint)
 
     def run_batch(self, batch: ReadyBatch) -> list[Outcome]:
         """The forward pass: an outcome for each job of the batch. Raises DeviceBroken."""
@@ -200,7 +205,8 @@ def _blame_model(error: Exception) -> tuple[str, str, bool]:
         return Reason.CHECKPOINT, str(error), False
     if isinstance(error, OutOfMemory):
         return Reason.MODEL_FAILED, "the device has too little memory for the model", True
-    return Reason.MODEL_FAILED, type(error).__name__, False
+    # A store that is away while an evicted model is loaded again is no picture's fault.
+    return Reason.MODEL_FAILED, type(error).__name__, isinstance(error, StoreError)
 
 
 def _map_threads(

@@ -61,6 +61,9 @@ class FakeHandler:
             groups.setdefault(BatchKey(job.kind, job.captioner, job.checkpoint, job.settings), []).append(job)
         return [ReadyBatch(key, group) for key, group in groups.items()]
 
+    def warm_up(self, batch: ReadyBatch) -> None:
+        self._note("warm", batch.job_ids)
+
     def run_batch(self, batch: ReadyBatch) -> list[Outcome]:
         self._note("run", batch.job_ids)
         self.entered.set()

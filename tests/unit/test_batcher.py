@@ -276,7 +276,7 @@ def test_a_message_half_done_at_the_stop_is_given_back_when_its_batch_is_written
     assert handler.rows[2].state == "queued"
 
 
-@pytest.mark.parametrize("step", ["find", "claim", "prepare", "run", "write"])
+@pytest.mark.parametrize("step", ["find", "claim", "prepare", "warm", "run", "write"])
 def test_a_stage_that_breaks_leaves_no_message_waiting(step: str) -> None:
     handler = FakeHandler(make_rows(*range(1, 20)), trouble=fail_step(step, RuntimeError("Doe^Jane")))
     with run_batcher(handler) as batcher:

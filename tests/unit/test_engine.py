@@ -99,14 +99,33 @@ def test_the_checkpoint_not_used_for_longest_makes_room() -> None:
     assert loaded == ["a", "b", "c", "b"]
 
 
-def test_a_model_is_warmed_once_before_its_first_batch() -> None:
+def test_a_model_is_warmed_once() -> None:
     captioner = FakeCaptioner()
     engine = Engine(lambda ref: captioner)
 
     for _ in range(3):
+        engine.warm_up("fake")
         engine.run_captions("fake", [paint(1)], SETTINGS)
 
     assert captioner.warmed == 1
+
+
+def test_a_model_that_cannot_warm_up_is_judged_by_its_first_batch() -> None:
+    captioner = FakeCaptioner()
+    captioner.warm_up = lambda: 1 / 0  # type: ignore[method-assign]
+    engine = Engine(lambda ref: captioner)
+
+    engine.warm_up("fake")
+
+    assert len(engine.run_captions("fake", [paint(1)], SETTINGS)) == 1
+
+
+def test_a_device_lost_while_warming_up_is_reported_before_any_batch() -> None:
+    captioner = FakeCaptioner()
+    captioner.warm_up = lambda: break_device([])  # type: ignore[method-assign]
+
+    with pytest.raises(DeviceBroken):
+        Engine(lambda ref: captioner).warm_up("fake")
 
 
 def test_a_missing_checkpoint_is_not_looked_for_with_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
