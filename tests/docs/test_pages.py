@@ -13,6 +13,7 @@ from readroom.manual import walk_commands
 from readroom.records import TRANSITIONS, JobState, Priority, Reason
 from tests.docs.markdown import ROOT, list_anchors, list_pages, read_blocks, read_links, read_table, strip_blocks
 from tests.docs.test_configuration import COMPOSE_ONLY, known_variables
+from worker.lifecycle import ExitCode
 
 PAGES = list_pages()
 HAND_WRITTEN = [page for page in PAGES if page.name not in {"commands.md", "configuration.md"}]
@@ -117,6 +118,11 @@ def test_every_reason_has_its_row_with_its_exit_status() -> None:
     rows = read_table(ROOT / "docs" / "reasons.md", "reason")
     assert [row[0] for row in rows] == [str(reason) for reason in Reason]
     assert {row[0] for row in rows if row[2] == "0"} == set(EXPECTED_REASONS)
+
+
+def test_every_exit_status_of_a_worker_has_its_row() -> None:
+    rows = read_table(ROOT / "docs" / "operations.md", "status")
+    assert {(int(row[0]), row[1]) for row in rows} == {(code.value, code.name) for code in ExitCode}
 
 
 def test_glossary_has_the_words_of_states_and_priorities() -> None:
