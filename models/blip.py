@@ -68,18 +68,17 @@ class CaptionBatch:
 
 @dataclass(frozen=True, slots=True)
 class AnswerBatch:
-    """Pictures (N, S, S, 3) uint8, question tokens and their mask (N, T) on the host."""
+    """Pictures (N, S, S, 3) uint8 on the host, and the tokens of their questions, not padded."""
 
     pixels: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    questions: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BlipRaw:
-    """New tokens (N, T), without the prompt, and a score each; on the host."""
+    """New tokens of each text, without the prompt, and a score each."""
 
-    tokens: torch.Tensor
+    tokens: tuple[list[int], ...]
     scores: tuple[float, ...]
 
 
@@ -136,32 +135,27 @@ class BlipAnswerer:
         """Stack pictures and tokenize their questions, one each, at most 35 tokens. Raises BadCall."""
         if len(images) != len(questions) or not all(question.strip() for question in questions):
             raise BadCall("one question a picture is needed")
-        tokens = tokenize_questions(self.parts, questions)
-        return AnswerBatch(stack_pictures(images, self.image_size), tokens["input_ids"], tokens["attention_mask"])
+        return AnswerBatch(stack_pictures(images, self.image_size), tokenize_questions(self.parts, questions))
 
     def generate(self, batch: AnswerBatch, settings: GenerationSettings) -> BlipRaw:
-        """Encode picture and question, then search an answer. Raises OutOfMemory, DeviceBroken.
+        """Beam or greedy search of the answers. Raises OutOfMemory, DeviceBroken.
 
-        Not `model.generate`: that lets the answer attend to the padding of shorter questions, so that an answer would
-        depend on its batch.
+        Questions run with others of their own length, without padding: transformers' cross-attention takes no notice
+        of a mask (5.23, BlipTextLayer.forward), so that an answer would depend on its batch.
         """
-        model, device = self.parts.model, self.parts.device
-        options = search_options(self.parts, settings, 1)
+        found: dict[int, tuple[list[int], float]] = {}
+        for rows in group_lengths(batch.questions):
+            raw = self._search(batch.pixels[rows], [batch.questions[row] for row in rows], settings)
+            found.update(zip(rows, zip(raw.tokens, raw.scores, strict=True), strict=True))
+        ordered = [found[row] for row in sorted(found)]
+        return BlipRaw(tuple(tokens for tokens, _ in ordered), tuple(score for _, score in ordered))
+
+    def _search(self, pixels: torch.Tensor, questions: list[tuple[int, ...]], settings: GenerationSettings) -> BlipRaw:
         with translate_device_errors(), torch.inference_mode():
-            mask = batch.attention_mask.to(device)
-            states = encode_questions(
-                model, normalise_pixels(batch.pixels, self.parts), batch.input_ids.to(device), mask
-            )
-            start = torch.full((len(states), 1), model.decoder_start_token_id, device=device)
-            out = model.text_decoder.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                eos_token_id=end_token(self.parts),
-                pad_token_id=int(model.config.text_config.pad_token_id),
-                **options,
-            )
+            ids = torch.tensor(questions, device=self.parts.device)
+            shades = normalise_pixels(pixels, self.parts)
+            options = search_options(self.parts, settings, 1)
+            out = self.parts.model.generate(ids, shades, attention_mask=torch.ones_like(ids), **options)
             return collect_tokens(out, 1, end_token(self.parts))
 
     def finish(self, raw: BlipRaw) -> list[GeneratedText]:
@@ -178,7 +172,9 @@ class BlipAnswerer:
 
 
 def stack_pictures(images: Sequence[Picture], size: int) -> torch.Tensor:
-    """uint8 (N, size, size, 3) on the host."""
+    """uint8 (N, size, size, 3) on the host. Raises BadCall for other types."""
+    if any(image.dtype != np.uint8 for image in images):
+        raise BadCall("a picture must be a uint8 array, H x W or H x W x 3")
     ready = [image if image.shape == (size, size, 3) else to_model_input(image, size) for image in images]
     return torch.from_numpy(np.stack(ready))
 
@@ -222,33 +218,24 @@ def search_options(parts: BlipParts, settings: GenerationSettings, prompt_length
     }
 
 
-def encode_questions(model: Any, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """States (N, T, width) of questions that have seen their pictures."""
-    seen = model.vision_model(pixel_values=pixels)[0]
-    seen_mask = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
-    states = model.text_encoder(
-        input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=seen_mask
-    )
-    return states[0]  # type: ignore[no-any-return]
-
-
-def tokenize_questions(parts: BlipParts, questions: Sequence[str]) -> Any:
-    """Padded tokens; the first is [ENC] where the tokenizer knows it, as BLIP was trained.
+def tokenize_questions(parts: BlipParts, questions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Tokens of each question; the first is [ENC] where the tokenizer knows it, as BLIP was trained.
 
     The hub's tokenizers do not, and transformers leaves [CLS] there (its issue 22732); we do as it does then.
     """
     longest = min(MAX_QUESTION_TOKENS, int(parts.model.config.text_config.max_position_embeddings))
-    tokens = parts.tokenizer(
-        [question.strip() for question in questions],
-        padding="longest",
-        truncation=True,
-        max_length=longest,
-        return_tensors="pt",
-    )
-    encoder_token = parts.tokenizer.get_vocab().get("[ENC]")
-    if encoder_token is not None:
-        tokens["input_ids"][:, 0] = encoder_token
-    return tokens
+    asked = [question.strip() for question in questions]
+    rows = parts.tokenizer(asked, truncation=True, max_length=longest).input_ids
+    first = parts.tokenizer.get_vocab().get("[ENC]")
+    return tuple(tuple(row) if first is None else (first, *row[1:]) for row in rows)
+
+
+def group_lengths(questions: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Row numbers of questions with equally many tokens, together."""
+    groups: dict[int, list[int]] = {}
+    for row, question in enumerate(questions):
+        groups.setdefault(len(question), []).append(row)
+    return list(groups.values())
 
 
 def collect_tokens(out: Any, prompt_length: int, end: int) -> BlipRaw:
@@ -261,7 +248,7 @@ def collect_tokens(out: Any, prompt_length: int, end: int) -> BlipRaw:
     scores = out.get("sequences_scores")
     if scores is None:
         scores = mean_logprob(tokens, out.logits, end)
-    return BlipRaw(tokens.cpu(), tuple(scores.float().cpu().tolist()))
+    return BlipRaw(tuple(tokens.tolist()), tuple(scores.float().tolist()))
 
 
 def mean_logprob(tokens: torch.Tensor, logits: Sequence[torch.Tensor], end: int) -> torch.Tensor:
@@ -277,7 +264,7 @@ def mean_logprob(tokens: torch.Tensor, logits: Sequence[torch.Tensor], end: int)
 def decode_tokens(raw: BlipRaw, parts: BlipParts) -> list[GeneratedText]:
     """Tokens up to the first end token as texts."""
     end = end_token(parts)
-    rows = [row[: row.index(end)] if end in row else row for row in raw.tokens.tolist()]
+    rows = [row[: row.index(end)] if end in row else row for row in raw.tokens]
     texts = parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [GeneratedText(text.strip(), score) for text, score in zip(texts, raw.scores, strict=True)]
 

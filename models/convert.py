@@ -7,10 +7,8 @@ hold a `pytorch_model.bin` in transformers' own names are converted too.
 
 from __future__ import annotations
 
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +87,9 @@ def convert_folder(source: Path, folder: Path, name: str) -> Manifest:
     """Convert a folder in transformers' layout whose weights are `pytorch_model.bin` into `folder`."""
     weights_file = source / "pytorch_model.bin"
     if not weights_file.is_file():
-        raise CheckpointMissing("this folder holds no pytorch_model.bin", "Name the .pth file itself.")
+        converted = any(source.glob("*.safetensors"))
+        remedy = "It holds safetensors: add it without --convert." if converted else "Name the .pth file itself."
+        raise CheckpointMissing("there is no pytorch_model.bin", remedy)
     config = BlipConfig.from_dict(read_json(source / "config.json"))
     task = "answer" if "BlipForQuestionAnswering" in (config.architectures or []) else "caption"
     parameters = save_model(fill_model(TASK_CLASSES[task], config, drop_computed(read_weights(weights_file))), folder)
@@ -102,7 +102,8 @@ def read_weights(path: Path) -> Weights:
     """The tensors of a pickle, by torch's unpickler that knows tensors only. Raises CheckpointBroken."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # Malformed pickles end in whatever the unpickler stumbled over: struct.error, IndexError, UnicodeDecodeError
         raise CheckpointBroken(
             f"this file holds more than tensors, or is damaged ({type(error).__name__})",
             "It is refused, as reading it could run code.",

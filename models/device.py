@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,10 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BadCall("this machine has no CUDA device that torch can use", "Say device=cpu or auto.")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise BadCall(f"no device is called {device!r}", "Say auto, cpu or cuda.") from None
 
 
 def pick_precision(precision: str) -> torch.dtype:
@@ -41,6 +45,10 @@ def translate_device_errors() -> Iterator[None]:
         meant = _read_error(error)
         if meant is None:
             raise
+        # An error holds the frames it went through, and they hold the tensors of the batch that did not fit.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(meant, OutOfMemory) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         raise meant from error
 
 

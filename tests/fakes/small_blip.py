@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForQuestionAnswering
+from transformers.utils.logging import disable_progress_bar
+
+torch.set_num_threads(1)  # with matrices this small a second thread only waits
 
 SIZE = 48
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -45,6 +48,8 @@ def small_model(kind: Any = BlipForConditionalGeneration, seed: int = 0, gain: f
                 weight.mul_(gain)
             if name.endswith("word_embeddings.weight"):
                 weight.mul_(10.0)
+            if name.endswith("predictions.bias"):
+                weight[SPECIAL.index("[SEP]")] = 4.7  # so that some texts end by themselves
     model.tie_weights()
     return model
 
@@ -60,6 +65,7 @@ def save_hub_folder(folder: Path, model: Any | None = None, pickled: bool = Fals
     """A folder as `Salesforce/blip-image-captioning-base` is one; `pickled` keeps only a pytorch_model.bin."""
     model = model or small_model()
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     model.save_pretrained(folder)
     if pickled:
         (folder / "model.safetensors").unlink()
