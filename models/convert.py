@@ -34,8 +34,9 @@ from readroom.errors import CheckpointBroken, CheckpointMissing
 Weights = dict[str, torch.Tensor]
 
 COMMAND = "readroom checkpoints add --convert"
-# github.com/salesforce/BLIP, LICENSE.txt; every released checkpoint is under it.
+# github.com/salesforce/BLIP, LICENSE.txt: of every checkpoint released there or by Salesforce on the hub.
 BLIP_LICENCE = "BSD-3-Clause"
+BLIP_OWNER = "Salesforce/"
 # ViT and BERT of every size BLIP was released in have heads 64 wide; shapes do not tell.
 HEAD_WIDTH = 64
 VIT_EPSILON = 1e-6  # models/vit.py of BLIP; BERT's is 1e-12
@@ -55,7 +56,7 @@ TASK_CLASSES = {"caption": BlipForConditionalGeneration, "answer": BlipForQuesti
 TASK_DEFAULTS = {"caption": BLIP_CAPTION, "answer": BLIP_ANSWER}
 
 
-def convert_checkpoint(source: str | Path, dest_root: Path | str, vocabulary: Path | None = None) -> Path:
+def convert_blip(source: str | Path, dest_root: Path | str, vocabulary: Path | None = None) -> Path:
     """Convert a BLIP `.pth`, or a folder or hub id with a `pytorch_model.bin`, to `<dest_root>/<digest>`.
 
     `vocabulary` is bert-base-uncased's `vocab.txt`, for a `.pth`; None looks beside the file, then on the hub.
@@ -80,7 +81,14 @@ def convert_released(path: Path, folder: Path, vocabulary: Path, head_width: int
     config = read_config(weights, tokenizer, head_width)
     parameters = save_model(fill_model(TASK_CLASSES[task], config, weights), folder)
     tokenizer.save_pretrained(folder)
-    return describe_checkpoint(folder, path.stem, task, parameters, (CLIP_MEAN, CLIP_STD))
+    return describe_checkpoint(
+        folder,
+        name=path.stem,
+        task=task,
+        parameters=parameters,
+        licence=BLIP_LICENCE,
+        normalisation=(CLIP_MEAN, CLIP_STD),
+    )
 
 
 def convert_folder(source: Path, folder: Path, name: str) -> Manifest:
@@ -95,7 +103,14 @@ def convert_folder(source: Path, folder: Path, name: str) -> Manifest:
     parameters = save_model(fill_model(TASK_CLASSES[task], config, drop_computed(read_weights(weights_file))), folder)
     load_tokenizer(source, config.text_config.vocab_size).save_pretrained(folder)
     label = source.name if Path(name).is_dir() else name
-    return describe_checkpoint(folder, label, task, parameters, read_normalisation(source))
+    return describe_checkpoint(
+        folder,
+        name=label,
+        task=task,
+        parameters=parameters,
+        licence=BLIP_LICENCE if label.startswith(BLIP_OWNER) else "",
+        normalisation=read_normalisation(source),
+    )
 
 
 def read_weights(path: Path) -> Weights:
@@ -250,7 +265,7 @@ def save_model(model: Any, folder: Path) -> int:
 
 
 def describe_checkpoint(
-    folder: Path, name: str, task: str, parameters: int, normalisation: tuple[Floats, Floats]
+    folder: Path, name: str, task: str, parameters: int, licence: str, normalisation: tuple[Floats, Floats]
 ) -> Manifest:
     """Write the manifest of converted weights."""
     config = read_json(folder / "config.json")
@@ -261,8 +276,8 @@ def describe_checkpoint(
         family="blip",
         task=task,
         parameters=parameters,
-        licence=BLIP_LICENCE,
-        allowed_use="research",
+        licence=licence,
+        allowed_use="research" if licence else "",
         image_size=config["vision_config"]["image_size"],
         mean=normalisation[0],
         std=normalisation[1],
