@@ -48,7 +48,7 @@ def measure_progress(store: Store, submission: str | None) -> dict[str, Any]:
 
 def is_finished(progress: dict[str, Any]) -> bool:
     """Whether no job is left that could still change by itself."""
-    return progress["open"] == 0
+    return bool(progress["open"] == 0)
 
 
 def render_progress(progress: dict[str, Any]) -> Group:

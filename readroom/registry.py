@@ -56,8 +56,8 @@ def convert_source(settings: Settings, source: str) -> CheckpointSource:
 
 def record_source(store: Store, source: CheckpointSource) -> None:
     """Write the checkpoint's row; nothing happens when its ref is known already."""
-    from db.checkpoints import CheckpointRecord, add_checkpoint
+    from db.checkpoints import CheckpointRecord, CheckpointState, add_checkpoint
 
     manifest = source.manifest.as_json() if source.manifest else {}
     add_checkpoint(store, CheckpointRecord(ref=source.ref, family=source.family, name=source.name,
-                                           location=source.location, state="candidate", manifest=manifest))  # fmt: skip
+                                           location=source.location, state=CheckpointState.CANDIDATE, manifest=manifest))  # fmt: skip
