@@ -174,15 +174,15 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _read_postgres_options(url: URL) -> tuple[URL, dict[str, Any]]:
-    """Translate libpq's `sslmode` and `host=/folder` from the URL's query into pg8000's arguments."""
+    """Translate libpq's `sslmode`, `port` and `host=/folder` from the URL's query into pg8000's arguments."""
     arguments: dict[str, Any] = {"timeout": POSTGRES_TIMEOUT_S, "application_name": "readroom"}
     mode = str(url.query.get("sslmode", ""))
     if mode not in ("", "disable", "allow", "prefer"):
         arguments["ssl_context"] = _build_ssl(mode)
     folder = str(url.query.get("host", ""))
     if folder.startswith("/"):
-        arguments["unix_sock"] = f"{folder}/.s.PGSQL.{url.port or 5432}"
-    return url.difference_update_query(["sslmode", "host"]), arguments
+        arguments["unix_sock"] = f"{folder}/.s.PGSQL.{url.query.get('port', url.port or 5432)}"
+    return url.difference_update_query(["sslmode", "host", "port"]), arguments
 
 
 def _build_ssl(mode: str) -> ssl.SSLContext:
