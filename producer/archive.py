@@ -17,7 +17,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from producer.walk import judge_name
@@ -93,9 +92,9 @@ class Allowance:
             raise SourceError(Reason.TOO_LARGE, "expands more than READROOM_MAX_ARCHIVE_RATIO times")
 
 
-def is_archive(path: Path) -> bool:
+def is_archive(name: str) -> bool:
     """Whether a file is read as an archive: by its name, since office documents and programs are zips too."""
-    return path.name.lower().endswith(ZIP_SUFFIXES + TAR_SUFFIXES)
+    return name.lower().endswith(ZIP_SUFFIXES + TAR_SUFFIXES)
 
 
 def is_packed(start: bytes) -> bool:
@@ -106,8 +105,11 @@ def is_packed(start: bytes) -> bool:
 def read_archive(path: str, file: BinaryIO, settings: Settings) -> Iterator[Member | SkippedItem]:
     """The members of an archive, and its entries that must not be read; nested archives are members like others.
 
-    Raises SourceError when the archive itself cannot be read (further): `truncated`, `corrupt`, `too_large`.
+    Raises SourceError when the archive itself cannot be read (further): `empty`, `truncated`, `corrupt`, `too_large`.
     """
+    if not file.seek(0, os.SEEK_END):
+        raise SourceError(Reason.EMPTY, "the archive has no bytes")
+    file.seek(0)
     allowance = Allowance.of(settings)
     read = read_zip if path.lower().endswith(ZIP_SUFFIXES) else read_tar
     for member in translate_damage(read(file, allowance)):

@@ -21,7 +21,7 @@ from producer.annotations import iter_elements
 from producer.images import describe_picture, look_at_picture, scan_images
 from producer.index import open_temporary
 from producer.pacs import Found, skip
-from producer.walk import Entry, clean_item, find_source, is_inside, judge_name, open_file
+from producer.walk import Entry, clean_item, find_source, is_inside, judge_name, open_file, real_file
 from readroom.errors import BadCall, SourceError
 from readroom.log import silence_quoting
 from readroom.records import FoundImage, Reason, SkippedItem
@@ -37,10 +37,10 @@ LAYOUT_HELP = "Expected annotations/captions_<split>.json, dataset_coco.json, co
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """An annotation file, the folders its names are relative to, and the splits wanted of a Karpathy file."""
+    """An annotation file, the real folders its names are relative to, and the splits wanted of a Karpathy file."""
 
     annotations: Path
-    folders: tuple[Path, ...]
+    folders: tuple[str, ...]
     splits: frozenset[str]
 
 
@@ -108,8 +108,9 @@ def _name_files(split: str) -> tuple[str, ...]:
     return (split,) if split[-1:].isdigit() else (split, f"{split}2017", f"{split}2014")
 
 
-def _image_folders(bases: list[Path], split: str) -> tuple[Path, ...]:
-    return tuple(base / folder for base in bases for folder in (split, f"images/{split}", "images", ""))
+def _image_folders(bases: list[Path], split: str) -> tuple[str, ...]:
+    named = (base / folder for base in bases for folder in (split, f"images/{split}", "images", ""))
+    return tuple(os.path.realpath(folder) for folder in named if folder.is_dir())
 
 
 def _read(listing: Listing, settings: Settings) -> Iterator[Found]:
@@ -190,22 +191,14 @@ def find_image(listed: Listed, listing: Listing, memory: sqlite3.Connection, set
     return replace(found, source_id=listed.source_id or None, reference_texts=captions)
 
 
-def find_file(name: str, folders: tuple[Path, ...]) -> str:
+def find_file(name: str, folders: tuple[str, ...]) -> str:
     """Where a listed file is: in the first folder that has it, and really in it."""
     if judge_name(name):
         raise SourceError(Reason.UNSAFE_PATH, "a name that leads out of the data set")
     for folder in folders:
-        path = folder / name
-        if _is_there(path):
-            real = os.path.realpath(path)
-            if not is_inside(os.path.realpath(folder), real):
-                raise SourceError(Reason.UNSAFE_PATH, "a link that leads out of the data set")
+        real = real_file(f"{folder}/{name}")
+        if real and not is_inside(folder, real):
+            raise SourceError(Reason.UNSAFE_PATH, "a link that leads out of the data set")
+        if real:
             return real
     raise SourceError(Reason.MISSING, "listed, but not there")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False

@@ -162,16 +162,27 @@ def read_header(file: BinaryIO, size_bytes: int) -> Header:
     start = file.read(2048)
     if not is_dicom(start):
         raise SourceError(Reason.NOT_DICOM, "neither the DICOM prefix nor a DICOM element at its start")
+    if is_cut_early(start, size_bytes):
+        raise SourceError(Reason.TRUNCATED, "the file ends within its meta header")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return parse_deflated(file) if DEFLATED.encode() in start else parse_plain(file, size_bytes)
         except SourceError:
             raise
-        except EOFError:
+        except (EOFError, struct.error):
             raise SourceError(Reason.TRUNCATED, "the file ends within its header") from None
         except Exception:
             raise SourceError(Reason.CORRUPT, "the header cannot be parsed") from None
+
+
+def is_cut_early(start: bytes, size_bytes: int) -> bool:
+    """Whether a file ends within its meta header, by the length that (0002,0000) gives of it (PS3.10 7.1)."""
+    if start[128:132] != b"DICM":
+        return False
+    if start[132:140] != b"\x02\0\0\0UL\x04\0":
+        return size_bytes <= 144  # no group length where it has to be; four bytes of anything are no header either
+    return len(start) < 144 or 144 + int(struct.unpack("<L", start[140:144])[0]) >= size_bytes
 
 
 def parse_plain(file: BinaryIO, size_bytes: int) -> Header:

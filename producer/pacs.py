@@ -28,7 +28,7 @@ from readroom.settings import MEBIBYTE, Settings
 
 Found = FoundImage | SkippedItem
 HASH_CHUNK_BYTES = MEBIBYTE
-MEDIA_DIRECTORY_NAME = "DICOMDIR"
+MEDIA_DIRECTORY_NAME = "/DICOMDIR"
 # Enough of an archive's member to know what it is: the elements that say so stand at the start of the header.
 PREFIX_BYTES = 64 * 1024
 
@@ -77,7 +77,7 @@ class ExportScan:
         """One file of the tree: an archive's members, or the file itself."""
         try:
             with open_file(entry.path) as file:
-                if is_archive(Path(entry.path)):
+                if is_archive(entry.path):
                     yield from self.scan_archive(entry, file)
                 else:
                     yield from self.scan_file(entry, file)
@@ -90,7 +90,7 @@ class ExportScan:
         """One file; a DICOM directory also names what is missing beside it."""
         size_bytes = file.seek(0, 2)
         yield from self.judge(Candidate(entry.item, entry.path, file, size_bytes))
-        if Path(entry.path).name.upper() == MEDIA_DIRECTORY_NAME:
+        if entry.path.upper().endswith(MEDIA_DIRECTORY_NAME):
             yield from list_missing(entry, file)
 
     def scan_archive(self, entry: Entry, file: BinaryIO) -> Iterator[Found]:

@@ -4,6 +4,9 @@ A file is named by the SHA-256 of its content, `<home>/spool/ab/abcd...`: never 
 second enqueue of the same archive writes nothing again. Folders are 0700 and files 0600, as everything under the home.
 """
 
+# ruff: noqa: PTH103, PTH105, PTH108, PTH120
+# (pathlib interns the name of every file it meets, see producer/walk.py)
+
 from __future__ import annotations
 
 import errno
@@ -62,12 +65,11 @@ class Spool:
         """Give held content its name. Raises SourceError `unsafe_path` when the spool leads elsewhere by a link."""
         if self.folder is None:
             return
-        place = Path(held.path)
         with translate_full():
-            place.parent.mkdir(mode=0o700, exist_ok=True)
-            if not is_inside(os.path.realpath(self.folder), os.path.realpath(place)):
+            os.makedirs(os.path.dirname(held.path), mode=0o700, exist_ok=True)
+            if not is_inside(os.path.realpath(self.folder), os.path.realpath(held.path)):
                 raise SourceError(Reason.UNSAFE_PATH, "the spool leads out of the home")
-            Path(held.file.name).replace(place)
+            os.replace(held.file.name, held.path)
 
     def sweep_parts(self) -> None:
         """Remove what producers that were killed a day ago or earlier left half-written."""
@@ -90,10 +92,11 @@ class Spool:
             with open(name, "w+b", opener=lambda _name, _flags: descriptor) as file:
                 yield cast(BinaryIO, file)
         finally:
-            Path(name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(name)
 
     def _place(self, digest: str) -> str:
-        return str(self.folder / digest[:2] / digest) if self.folder else ""
+        return f"{self.folder}/{digest[:2]}/{digest}" if self.folder else ""
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Walking a folder that somebody else filled: in a fixed order, never out of it, never into a pipe or a device."""
+"""Walking a folder that somebody else filled: in a fixed order, never out of it, never into a pipe or a device.
+
+Names of files are kept as plain strings here and in the other modules that meet every file: pathlib interns each name
+it sees for the life of the process, which would make memory grow with the export.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +98,15 @@ def follow_link(root: str, path: str, item: str) -> Entry | SkippedItem:
     if not stat.S_ISREG(_look_at(target)):
         return SkippedItem(clean_item(item), Reason.UNSAFE_PATH, "a link to a folder, or to nothing")
     return Entry(clean_item(item), target)
+
+
+def real_file(path: str) -> str | None:
+    """The real path of a regular file, links followed; None when there is none. The caller checks where it leads."""
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a name that no file system holds
+        return None
+    return real if stat.S_ISREG(_look_at(real)) else None
 
 
 def is_inside(root: str, path: str) -> bool:
