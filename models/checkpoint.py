@@ -180,7 +180,7 @@ def refuse_pickles(folder: Path) -> None:
     if ".safetensors" not in suffixes:
         if suffixes & PICKLE_SUFFIXES:
             raise CheckpointBroken("this folder holds only pickled weights, which are never read", CONVERT_REMEDY)
-        raise CheckpointMissing("this folder holds no weights (*.safetensors)", "See docs/checkpoints.md.")
+        raise CheckpointMissing("this folder holds no weights", "A checkpoint has *.safetensors files.")
 
 
 def _resolve_dummy(name: str) -> CheckpointSource:
@@ -227,7 +227,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
-        raise CheckpointMissing("this folder holds no manifest.json", "See docs/checkpoints.md.")
+        raise CheckpointMissing("this folder holds no manifest.json", "Name a folder that has one.")
     return _parse_manifest(read_json(path))
 
 

@@ -20,7 +20,7 @@ def load_captioner(source: CheckpointSource | str, device: str = "auto", precisi
         from models.blip import load_blip_captioner
 
         return load_blip_captioner(found, device, precision)
-    raise CheckpointBroken(f"no captioner is of the family {found.family!r}", "See docs/checkpoints.md.")
+    raise CheckpointBroken(f"no captioner is of the family {found.family!r}", "Name a BLIP checkpoint.")
 
 
 def load_answerer(source: CheckpointSource | str, device: str = "auto", precision: str = "float32") -> Answerer:
@@ -32,4 +32,4 @@ def load_answerer(source: CheckpointSource | str, device: str = "auto", precisio
         from models.blip import load_blip_answerer
 
         return load_blip_answerer(found, device, precision)
-    raise CheckpointBroken(f"no answerer is of the family {found.family!r}", "See docs/checkpoints.md.")
+    raise CheckpointBroken(f"no answerer is of the family {found.family!r}", "Name a BLIP checkpoint.")
