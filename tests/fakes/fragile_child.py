@@ -33,7 +33,7 @@ def announce_and_hang() -> str:
 
 
 def fill_memory() -> str:
-    return str(len(bytearray(2**45)))
+    return str(len(bytearray(2**31)))
 
 
 def print_secret() -> str:
