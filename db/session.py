@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import ssl
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 
 from db.faults import BUSY, translate_faults
 from readroom.errors import SettingsError, StoreUnavailable
@@ -170,7 +171,25 @@ def _begin_sqlite(connection: Connection) -> None:
         return
     # IMMEDIATE takes the write lock now: a transaction that reads first and then wants to write would fail at once
     # with "database is locked" when another one has written in between, whatever the timeout.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    end = time.monotonic() + SQLITE_BUSY_S
+    while not _try_to_begin(connection, last=time.monotonic() > end):
+        # SQLite's own waiting looks every 100 ms, and a worker would rarely meet the gap of 1 ms between a producer's
+        # transactions. This looks often.
+        time.sleep(random.uniform(0.5, 2.5) / 1000)
+
+
+def _try_to_begin(connection: Connection, last: bool) -> bool:
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except OperationalError as error:
+        if last or getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_S * 1000:.0f}")
+    return True
 
 
 def _read_postgres_options(url: URL) -> tuple[URL, dict[str, Any]]:
