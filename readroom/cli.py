@@ -607,14 +607,15 @@ def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
 @click.option("--name", help="Name in the registry; default the manifest's or the folder's.")
 @click.option("--activate", is_flag=True, help="Serve it: new jobs of its family use it from now on.")
 @click.option("--convert", is_flag=True,
-              help="SOURCE is an original BLIP .pth file: read it (weights only) and write safetensors.")  # fmt: skip
+              help="SOURCE holds pickled weights (.pth file, folder, hub id): read tensors only, write safetensors.")  # fmt: skip
 @with_store
 def add_checkpoint(
     settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
 ) -> None:
-    """Register a checkpoint: `bundled`, a folder (copied under the home and verified), a hub id, or a .pth.
+    """Register a checkpoint: `bundled`, a folder (copied under the home and verified), or a hub id.
 
-    Nothing is ever unpickled, except a .pth that you convert explicitly, and then its tensors only.
+    Nothing is ever unpickled, except what you convert explicitly, and then its tensors only. An original BLIP .pth
+    needs the vocab.txt of bert-base-uncased beside it.
     """
     from readroom.registry import register_checkpoint
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from readroom.errors import BadCall
 from readroom.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ def register_checkpoint(
 ) -> CheckpointRecord:
     """Verify, copy under the home, and record a checkpoint; `activate` serves it to new jobs.
 
-    Raises CheckpointMissing, CheckpointBroken, or BadCall when `--convert` meets something else than a .pth file.
+    Raises CheckpointMissing or CheckpointBroken with what to do.
     """
     from db.checkpoints import get_checkpoint, set_active
 
@@ -44,14 +42,10 @@ def find_source(settings: Settings, source: str) -> CheckpointSource:
 
 
 def convert_source(settings: Settings, source: str) -> CheckpointSource:
-    """An original BLIP .pth, converted into `<home>/checkpoints/<digest>`."""
+    """Pickled weights (an original BLIP .pth, a folder or hub id), converted into `<home>/checkpoints/<digest>`."""
     from models.convert import convert_blip
 
-    path = Path(source)
-    if not path.is_file():
-        raise BadCall("--convert needs a .pth file", "Leave --convert out for folders and hub ids.")
-    folder = convert_blip(path, settings.home_dir / "checkpoints")
-    return find_source(settings, str(folder))
+    return find_source(settings, str(convert_blip(source, settings.home_dir / "checkpoints")))
 
 
 def record_source(store: Store, source: CheckpointSource) -> None:
