@@ -607,7 +607,7 @@ def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
 @click.option("--name", help="Name in the registry; default the manifest's or the folder's.")
 @click.option("--activate", is_flag=True, help="Serve it: new jobs of its family use it from now on.")
 @click.option("--convert", is_flag=True,
-              help="SOURCE holds pickled weights (.pth file, folder, hub id): read tensors only, write safetensors.")  # fmt: skip
+              help="SOURCE holds pickled weights (.pth, folder, hub id): read tensors, write safetensors.")  # fmt: skip
 @with_store
 def add_checkpoint(
     settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool

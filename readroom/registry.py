@@ -53,5 +53,12 @@ def record_source(store: Store, source: CheckpointSource) -> None:
     from db.checkpoints import CheckpointRecord, CheckpointState, add_checkpoint
 
     manifest = source.manifest.as_json() if source.manifest else {}
-    add_checkpoint(store, CheckpointRecord(ref=source.ref, family=source.family, name=source.name,
-                                           location=source.location, state=CheckpointState.CANDIDATE, manifest=manifest))  # fmt: skip
+    record = CheckpointRecord(
+        ref=source.ref,
+        family=source.family,
+        name=source.name,
+        location=source.location,
+        state=CheckpointState.CANDIDATE,
+        manifest=manifest,
+    )
+    add_checkpoint(store, record)
