@@ -25,8 +25,10 @@ from models.instance import CONVERT_REMEDY
 from readroom.errors import ImageError
 from readroom.records import Reason
 
-# First the fastest that is exact (docs: times of a 2500 x 3000 frame), then the others as fallback.
-# Pillow and gdcm come first where colour is common: imagecodecs is asked for grayscale only.
+# First the fastest that is exact, then the others as fallback. Seconds for 2500 x 3000 pixels of 12 bits, one core:
+# JPEG lossless imagecodecs 0.07, gdcm 0.23; JPEG-LS pyjpegls 0.24, gdcm 0.42; HTJ2K imagecodecs 0.10, pylibjpeg 0.19;
+# JPEG 2000 lossless 1.1 with each, lossy pylibjpeg 0.24, pillow 0.45, gdcm 0.70; RLE pylibjpeg 0.04, pydicom 0.32.
+# JPEG baseline, where colour is common, starts with Pillow: imagecodecs is asked for grayscale only.
 DECODER_ORDER: dict[str, tuple[str, ...]] = {
     uid.JPEGBaseline8Bit: ("pillow", "gdcm", "imagecodecs"),
     uid.JPEGExtended12Bit: ("imagecodecs", "gdcm", "pillow"),  # only imagecodecs decodes 12 bits

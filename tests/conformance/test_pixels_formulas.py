@@ -179,14 +179,14 @@ def stretch(values: list[float], padded: list[bool]) -> list[float]:
     return [0.5 if low == high else min(max((v - low) / (high - low), 0.0), 1.0) for v in values]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(draw_cases())
 def test_any_header_gives_what_the_formulas_give(case: Case) -> None:
     image = render_source(write_case(case)).ravel().astype(np.float64)
     assert np.abs(image - np.array(reference(case))).max() <= 0.5 + 1e-6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(draw_cases())
 def test_an_image_and_its_monochrome1_inverse_look_the_same(case: Case) -> None:
     """Without transforms that act on the values: what remains is the percentile stretch and the inversion."""

@@ -49,7 +49,7 @@ def guard() -> Iterator[DecodeGuard]:
 
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[DecodeGuard]:
-    with DecodeGuard(1, child_module=FRAGILE, item_seconds=2.0, memory_bytes=2**30) as guard:
+    with DecodeGuard(1, child_module=FRAGILE, item_seconds=3.0, memory_bytes=2**30) as guard:
         yield guard
 
 
