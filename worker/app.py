@@ -41,8 +41,8 @@ RUNNABLE_KINDS = (JobKind.CAPTION,)
 CANCEL_TIMEOUT_S = 2.0
 ACK_TIMEOUT_S = 5.0
 ACK_CHECK_S = 0.02
-# Celery writes a line when a message comes and one when it is done; at INFO the summary says enough.
-CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace", "celery.redirected", "kombu")
+# Celery writes a line when a message comes, when it is done and when it is given back: the summary says enough.
+CHATTY_LOGGERS = {"celery.worker.strategy": "WARNING", "celery.app.trace": "ERROR", "kombu": "WARNING"}
 
 
 class QueueWorker(WorkController):  # type: ignore[misc]
@@ -176,8 +176,8 @@ def set_up_worker_logging(settings: Settings) -> None:
     """Our logging only; Celery's lines for each message only at DEBUG."""
     set_up_logging(settings.log_level)
     if settings.log_level != "DEBUG":
-        for name in CHATTY_LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name, level in CHATTY_LOGGERS.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def make_worker(app: Celery, queues: Sequence[str], owner: str, threads: int, batcher: Batcher) -> QueueWorker:

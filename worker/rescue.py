@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 EPOCH_KEY = "readroom:epoch"
 TURN_KEY = "readroom:rescue"
 UNACKED_KEY = "unacked"  # kombu's hash of messages that some worker holds
-TURN_SECONDS = 30
+# A rescuer that is killed keeps its turn this long; the turn is extended with each step of a long round.
+TURN_SECONDS = 5
 # A producer publishes right after it commits; a row is not called unpublished before this age.
 PUBLISH_MOMENT_S = 2.0
 PUBLISH_STEP = 2_000

@@ -56,6 +56,7 @@ class Plant:
         self.settings: Settings = load_settings(home=home, **{**QUICK, **options})
         self.store: Store = open_store(store_url(self.settings))
         self.workers: list[Worker] = []
+        self.numbers: list[int] = []  # what the items of all jobs hold, in the order of their ids
         self.url = broker.broker_url(self.settings)
         self.app: Celery = make_celery(self.settings, self.url)
 
@@ -75,6 +76,7 @@ class Plant:
 
     def add_rows(self, numbers: range, priority: Priority = Priority.BULK, **options: Any) -> list[int]:
         """Rows only: what a producer that was killed leaves."""
+        self.numbers += numbers
         return add_jobs(self.store, write_items(self.home / "items", numbers), priority, **options)
 
     def publish(self, ids: list[int], priority: Priority = Priority.BULK) -> None:
