@@ -69,6 +69,9 @@ def translate_faults() -> Iterator[None]:
         raise StoreUnavailable("all connections to the store are in use") from None
     except DBAPIError as error:
         raise _name_fault(error) from None
+    except OSError as error:
+        # pg8000 lets the socket's own error through when the server goes away during the handshake.
+        raise _build(AWAY, True, type(error).__name__) from None
     except SQLAlchemyError as error:
         raise StoreError(f"the store was used wrongly ({type(error).__name__})") from None
 

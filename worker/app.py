@@ -42,7 +42,13 @@ CANCEL_TIMEOUT_S = 2.0
 ACK_TIMEOUT_S = 5.0
 ACK_CHECK_S = 0.02
 # Celery writes a line when a message comes, when it is done and when it is given back: the summary says enough.
-CHATTY_LOGGERS = {"celery.worker.strategy": "WARNING", "celery.app.trace": "ERROR", "kombu": "WARNING"}
+# The pool reports each connection that was lost with a page of frames; we report the loss itself.
+CHATTY_LOGGERS = {
+    "celery.worker.strategy": "WARNING",
+    "celery.app.trace": "ERROR",
+    "kombu": "WARNING",
+    "sqlalchemy.pool": "CRITICAL",
+}
 
 
 class QueueWorker(WorkController):  # type: ignore[misc]

@@ -170,10 +170,11 @@ def test_a_restart_of_postgresql_is_waited_out(start_plant: StartPlant) -> None:
         plant = start_plant(database_url=server.create_database(), lease_s=2.0)
         ids = plant.enqueue(range(1, 401))
         worker = plant.start_worker(trouble="slow:0.05", restarts=True)
-        for number in range(2):
-            plant.wait_final(80 * (number + 1))
-            server.stop()
-            wait_until(lambda: worker.log.count("trying again") > number, "the worker's complaint")
+        for mode in ("fast", "immediate"):
+            plant.wait_final(plant.count("succeeded") + 50)
+            complaints = worker.log.count("trying again")
+            server.stop(mode)
+            wait_until(lambda seen=complaints: worker.log.count("trying again") > seen, "the worker's complaint")
             server.start()
         plant.wait_final(400, LIMIT_S)
 
