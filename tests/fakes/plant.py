@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from db.jobs import mark_published
 from db.session import Store, open_store, store_url
-from db.tables import jobs, results
+from db.tables import images, jobs, results
 from readroom import broker
 from readroom.records import Priority
 from readroom.settings import Settings, load_settings
@@ -56,7 +56,6 @@ class Plant:
         self.settings: Settings = load_settings(home=home, **{**QUICK, **options})
         self.store: Store = open_store(store_url(self.settings))
         self.workers: list[Worker] = []
-        self.numbers: list[int] = []  # what the items of all jobs hold, in the order of their ids
         self.url = broker.broker_url(self.settings)
         self.app: Celery = make_celery(self.settings, self.url)
 
@@ -76,7 +75,6 @@ class Plant:
 
     def add_rows(self, numbers: range, priority: Priority = Priority.BULK, **options: Any) -> list[int]:
         """Rows only: what a producer that was killed leaves."""
-        self.numbers += numbers
         return add_jobs(self.store, write_items(self.home / "items", numbers), priority, **options)
 
     def publish(self, ids: list[int], priority: Priority = Priority.BULK) -> None:
@@ -102,6 +100,12 @@ class Plant:
     def fetch_jobs(self, ids: list[int]) -> list[Any]:
         with self.store.read() as connection:
             return list(connection.execute(select(jobs).where(jobs.c.id.in_(ids)).order_by(jobs.c.id)))
+
+    def read_numbers(self) -> dict[int, int]:
+        """What the item of each job holds."""
+        with self.store.read() as connection:
+            rows = connection.execute(select(jobs.c.id, images.c.path).join_from(jobs, images))
+            return {row.id: int(Path(row.path).stem) for row in rows}
 
     def count_results(self) -> int:
         with self.store.read() as connection:
