@@ -7,6 +7,7 @@ on: only our words and the driver's code.
 from __future__ import annotations
 
 import sqlite3
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ BUSY = ("the store is busy: a lock was not had in time", "Try again; look for an
 LOST = ("the connection to the store was lost", "See whether the database server runs; the call may be repeated.")
 AWAY = ("the store cannot be reached", "See whether the database server runs and READROOM_DATABASE_URL is right.")
 REFUSED = ("the store refuses the login", "Check user and password in READROOM_DATABASE_URL.")
+UNTRUSTED = ("the database server's certificate is not trusted", "Check sslmode in READROOM_DATABASE_URL.")
 DAMAGED = ("the store's file is damaged or no SQLite file", "Restore it from a backup; keep the damaged file.")
 READ_ONLY = ("the store cannot be written", "Check owner and permissions of its file and folder.")
 DISK = ("the store's disk does not answer", "Check the disk and its free space.")
@@ -61,15 +63,22 @@ POSTGRES_FAULTS: dict[str, tuple[tuple[str, str], bool]] = {
 
 
 @contextmanager
-def translate_faults() -> Iterator[None]:
-    """Turn errors of SQLAlchemy and the drivers into StoreError; StoreUnavailable when a repeat may help."""
+def translate_faults(sockets: bool = False) -> Iterator[None]:
+    """Turn errors of SQLAlchemy and the drivers into StoreError; StoreUnavailable when a repeat may help.
+
+    With `sockets` an OSError is the network's; without, it is not ours.
+    """
     try:
         yield
     except PoolTimeout:
         raise StoreUnavailable("all connections to the store are in use") from None
     except DBAPIError as error:
         raise _name_fault(error) from None
+    except ssl.SSLCertVerificationError:
+        raise StoreError(*UNTRUSTED) from None
     except OSError as error:
+        if not sockets:
+            raise
         # pg8000 lets the socket's own error through when the server goes away during the handshake.
         raise _build(AWAY, True, type(error).__name__) from None
     except SQLAlchemyError as error:

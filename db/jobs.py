@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, or
 from db.results import save_results
 from db.rows import among, choose_value, slice_ids
 from db.session import Store, now
-from db.tables import images, jobs, state_is, submission_jobs
+from db.tables import images, jobs, state_is, still_is, submission_jobs
 from readroom.errors import BadCall
 from readroom.records import (
     TRANSITIONS,
@@ -86,7 +86,7 @@ def move_jobs(
     check_transition(source, target)
     moved: list[int] = []
     for part in slice_ids(job_ids):
-        conditions_here = (among(jobs.c.id, part), state_is(source), *conditions)
+        conditions_here = (among(jobs.c.id, part), still_is(source), *conditions)
         moved += change_jobs(connection, conditions_here, state=target, **changes)
     return moved
 
@@ -106,7 +106,7 @@ def find_attempts(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
     """How often each of these jobs was started before; jobs that are not queued are left out."""
     with store.read() as connection:
         parts = (select(jobs.c.id, jobs.c.attempt).where(among(jobs.c.id, part)) for part in slice_ids(job_ids))
-        rows = [row for part in parts for row in connection.execute(part.where(state_is(JobState.QUEUED)))]
+        rows = [row for part in parts for row in connection.execute(part.where(still_is(JobState.QUEUED)))]
     return {row.id: row.attempt for row in rows}
 
 
@@ -186,22 +186,25 @@ def unpublished_jobs(
     lone = (
         state_is(JobState.QUEUED),
         jobs.c.published_at.is_(None),
-        jobs.c.kind.in_(kinds),
-        jobs.c.queued_at <= moment - grace_s,
+        jobs.c.queued_at + 0.0 <= moment - grace_s,  # + 0.0: not by the index on it, which would have to be sorted
         or_(jobs.c.not_before.is_(None), jobs.c.not_before <= moment),
     )
     found: list[tuple[int, JobKind, Priority]] = []
     with store.read() as connection:
+        # One kind and priority at a time: the index then gives the first rows without sorting all of them.
         for priority in URGENCY:
-            some = select(jobs.c.id, jobs.c.kind).where(*lone, jobs.c.priority == priority).order_by(jobs.c.id)
-            rows = connection.execute(some.limit(limit - len(found)))
-            found += [(row.id, JobKind(row.kind), priority) for row in rows]
+            some: list[tuple[int, JobKind, Priority]] = []
+            for kind in kinds:
+                oldest = select(jobs.c.id).where(*lone, jobs.c.kind == kind, jobs.c.priority == priority)
+                ids = connection.scalars(oldest.order_by(jobs.c.id).limit(limit - len(found)))
+                some += [(job_id, JobKind(kind), priority) for job_id in ids]
+            found += sorted(some)[: limit - len(found)]
     return found
 
 
 def mark_published(store: Store, job_ids: Sequence[int]) -> int:
     """Note that messages hold these jobs; how many of them were queued."""
-    queued, moment = state_is(JobState.QUEUED), now()
+    queued, moment = still_is(JobState.QUEUED), now()
     with store.begin() as connection:
         parts = [(among(jobs.c.id, part), queued) for part in slice_ids(job_ids)]
         return sum(len(change_jobs(connection, part, published_at=moment)) for part in parts)
@@ -230,7 +233,7 @@ def raise_priority(connection: Connection, job_ids: Collection[int], priority: P
     lower = jobs.c.priority.in_(URGENCY[URGENCY.index(priority) + 1 :])
     raised: list[int] = []
     for part in slice_ids(job_ids):
-        chosen = (among(jobs.c.id, part), state_is(JobState.QUEUED), lower)
+        chosen = (among(jobs.c.id, part), still_is(JobState.QUEUED), lower)
         raised += change_jobs(connection, chosen, priority=priority, published_at=None)
     return raised
 
@@ -288,7 +291,7 @@ def linked_jobs(submission_id: str) -> Select[Any]:
 
 
 def _held_by(owner: str) -> tuple[ColumnElement[bool], ...]:
-    return state_is(JobState.RUNNING), jobs.c.lease_owner == owner
+    return still_is(JobState.RUNNING), jobs.c.lease_owner == owner
 
 
 def _load_claimed(connection: Connection, job_ids: Sequence[int]) -> list[ClaimedJob]:
@@ -374,9 +377,10 @@ def _first_queued(kind: str) -> Select[Any]:
 
 
 def _failed(job_ids: Collection[int] | None, submission: str | None, reason: str | None) -> list[ColumnElement[bool]]:
-    conditions = [state_is(JobState.FAILED)]
-    if job_ids is not None:
-        conditions.append(among(jobs.c.id, job_ids))
+    if job_ids is None:
+        conditions = [state_is(JobState.FAILED)]
+    else:
+        conditions = [still_is(JobState.FAILED), among(jobs.c.id, job_ids)]
     if submission is not None:
         conditions.append(jobs.c.id.in_(linked_jobs(submission)))
     if reason is not None:

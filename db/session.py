@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Store:
         Raises StoreUnavailable (busy, full, connection lost) or StoreError.
         """
         engine = self._engine_here()
-        with translate_faults(), self._take_turn(), engine.connect() as connection:
+        with self._translated(), self._take_turn(), engine.connect() as connection:
             connection.execution_options(**WRITING)
             with connection.begin():
                 yield connection
@@ -92,13 +92,16 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection that sees one state of the store (SQLite) or one per statement (PostgreSQL)."""
-        with translate_faults(), self._engine_here().connect() as connection:
+        with self._translated(), self._engine_here().connect() as connection:
             yield connection
 
     def close(self) -> None:
         """Close every pooled connection. A later use opens new ones."""
-        with translate_faults():
+        with self._translated():
             self._engine_here().dispose()
+
+    def _translated(self) -> AbstractContextManager[None]:
+        return translate_faults(sockets=self.dialect == "postgresql")
 
     def _engine_here(self) -> Engine:
         if os.getpid() != self._pid:

@@ -189,9 +189,11 @@ def count_jobs(store: Store, submission_id: str | None = None, kind: JobKind | N
 def measure_rate(store: Store, submission_id: str | None = None, window_s: float = 60.0) -> float:
     """Jobs finished per second over the last `window_s` seconds, or since the first one finished in them."""
     moment = now()
-    finished = select(func.count(), func.min(jobs.c.finished_at)).where(
-        jobs.c.finished_at.is_not(None), jobs.c.finished_at > moment - window_s, *_within(submission_id, None)
-    )
+    recent = (jobs.c.finished_at.is_not(None), jobs.c.finished_at > moment - window_s)
+    finished = select(func.count(), func.min(jobs.c.finished_at)).where(*recent)
+    if submission_id is not None:
+        # EXISTS, not IN: the few that finished just now are looked up, instead of all jobs of the submission.
+        finished = finished.where(linked_jobs(submission_id).where(submission_jobs.c.job_id == jobs.c.id).exists())
     with store.read() as connection:
         number, first = connection.execute(finished).one()
     # A second at least: one batch that finished just now says little about the rate.

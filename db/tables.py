@@ -235,6 +235,14 @@ def state_is(state: JobState) -> ColumnElement[bool]:
     return jobs.c.state == literal_column(f"'{state.value}'")
 
 
+def still_is(state: JobState) -> ColumnElement[bool]:
+    """The same question about jobs that are named by their ids, written so that no index answers it.
+
+    Without statistics SQLite takes the index on `state` for the better way and reads all queued jobs to claim 64.
+    """
+    return jobs.c.state.concat("") == state.value
+
+
 def _index_jobs(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None) -> None:
     Index(name, *columns, sqlite_where=where, postgresql_where=where)
 

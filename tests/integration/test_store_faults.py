@@ -130,6 +130,11 @@ def test_a_folder_that_cannot_be_written_is_named_as_such(tmp_path: Path) -> Non
     assert not isinstance(caught.value, StoreUnavailable)
 
 
+def test_an_error_of_the_callers_own_files_is_left_as_it_is(sqlite_store: Store) -> None:
+    with pytest.raises(FileNotFoundError), sqlite_store.begin():
+        Path("/missing").read_text()
+
+
 # --- nothing about anybody ------------------------------------------------------------------------------------------
 
 

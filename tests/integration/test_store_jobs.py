@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from db.jobs import (
     claim_jobs,
     drop_failures,
+    find_attempts,
     forget_published,
     get_failure,
     has_work,
@@ -131,6 +132,14 @@ def test_a_claim_waits_for_the_time_a_retry_was_put_off_to(store: Store) -> None
     set_columns(store, [job], not_before=now() - 1)
     assert unpublished_jobs(store, CAPTION, 0, 10) == [(job, JobKind.CAPTION, Priority.ROUTINE)]
     assert [one.attempt for one in claim_jobs(store, [job], "w", 60)] == [2]
+
+
+def test_attempts_are_known_before_a_claim(store: Store) -> None:
+    ids = add_jobs(store, 3)
+    claim_jobs(store, ids[:2], "w", 60)
+    set_columns(store, ids[:1], lease_until=now() - 1)
+    return_expired(store, 3)
+    assert find_attempts(store, [*ids, 10**15]) == {ids[0]: 1, ids[2]: 0}
 
 
 def test_thousands_of_ids_fit_into_one_claim(store: Store) -> None:
@@ -293,6 +302,7 @@ def test_a_published_job_is_unpublished_again_when_its_message_is_taken_for_lost
     assert forget_published(store, CAPTION, 60) == 0
     set_columns(store, ids, published_at=now() - 61)
     assert forget_published(store, [JobKind.ANSWER], 60) == 0
+    assert forget_published(store, CAPTION, 60, priorities=[Priority.STAT]) == 0
     assert forget_published(store, CAPTION, 60, limit=2) == 2
     assert forget_published(store, CAPTION, 60) == 1
     assert [job for job, _, _ in unpublished_jobs(store, CAPTION, 0, 100)] == ids[:3]
