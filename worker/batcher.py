@@ -137,6 +137,7 @@ class Batcher:
         self._claimed: dict[int, list[Entry]] = {}  # jobs this process holds a lease on
         self._started: set[int] = set()  # those of them that a forward pass has seen
         self._forward_since: float | None = None
+        self._prepare_since: float | None = None
         self._ahead = 0
         self._open_tickets = 0
         self._last_submit = time.monotonic()
@@ -218,8 +219,12 @@ class Batcher:
     @property
     def forward_seconds(self) -> float:
         """How long the present forward pass has been running; 0 when there is none."""
-        since = self._forward_since
-        return 0.0 if since is None else time.monotonic() - since
+        return _measure_since(self._forward_since)
+
+    @property
+    def prepare_seconds(self) -> float:
+        """How long the present batch has been loaded and decoded for; 0 when none is."""
+        return _measure_since(self._prepare_since)
 
     @property
     def idle_seconds(self) -> float:
@@ -334,7 +339,9 @@ class Batcher:
             self._buffer.extend(entries)
 
     def _prepare_jobs(self, jobs: list[ClaimedJob]) -> list[ReadyBatch]:
+        self._prepare_since = time.monotonic()
         batches = self._insist(lambda: self._handler.prepare_batches(jobs)) if jobs and not self._stopping else None
+        self._prepare_since = None
         if batches is None:
             self._release([job.id for job in jobs])
         return batches or []
@@ -465,3 +472,7 @@ class Batcher:
                 if self._changed.wait_for(lambda: self._closed or (self._stopping and not patient), pause):
                     return None
             pause = min(2 * pause, RETRY_LONGEST_S)
+
+
+def _measure_since(begin: float | None) -> float:
+    return 0.0 if begin is None else time.monotonic() - begin

@@ -6,7 +6,7 @@ A worker runs under a supervisor that starts it again. Whenever a new process is
     0       STOPPED   asked to stop (SIGTERM, SIGINT, --drain) and did so; do not start again
     70      BUG       a stage or duty failed in a way nobody foresaw; its log names where
     71      DEVICE    the device is lost (CUDA error); only a new process can use it
-    72      HUNG      a forward pass took longer than READROOM_BATCH_DEADLINE_S
+    72      HUNG      a forward pass took longer than READROOM_BATCH_DEADLINE_S, or reading a batch twice that
     73      STALLED   connected, but took nothing for READROOM_STALL_S while messages waited
     74      BROKER    Celery's consumer ended with an error
     75      QUICK     a second signal came; jobs in hand return when their lease ends
@@ -137,9 +137,15 @@ class Lifecycle:
             self._leases.renew_leases(in_hand)
 
     def check_deadline(self) -> None:
-        """A thread cannot be stopped: a forward pass that hangs ends the process."""
-        if self._batcher.forward_seconds > self._settings.batch_deadline_s:
-            self.end_process(ExitCode.HUNG, f"a forward pass took over {self._settings.batch_deadline_s:g} s")
+        """A thread cannot be stopped: a forward pass that hangs ends the process, and so does a file that never comes.
+
+        Preparing gets twice the time: a model may be fetched first. A decoder that hangs has its own deadline.
+        """
+        deadline_s = self._settings.batch_deadline_s
+        if self._batcher.forward_seconds > deadline_s:
+            self.end_process(ExitCode.HUNG, f"a forward pass took over {deadline_s:g} s")
+        if self._batcher.prepare_seconds > 2 * deadline_s:
+            self.end_process(ExitCode.HUNG, f"reading a batch took over {2 * deadline_s:g} s")
 
     def check_stall(self) -> None:
         """End when messages wait and none was taken for `stall_s`, though the broker answers."""

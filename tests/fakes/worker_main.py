@@ -1,8 +1,8 @@
 """The real worker program with a captioner that misbehaves: `python -m tests.fakes.worker_main [--drain]`.
 
 `TEST_TROUBLE` names what it does: `kill:42` ends the process when a picture of pixel 42 is in the batch, `hang:42`
-never comes back from it, `break:42` loses the device, `fail:42` raises, `hold:PATH` waits for the file at PATH before
-each batch, `slow:0.05` takes that many seconds for each batch.
+never comes back from it, `break:42` loses the device, `fail:42` raises, `consumer:42` breaks Celery's loop, `hold:PATH`
+waits for the file at PATH before each batch, `slow:0.05` takes that many seconds for each batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from kombu.asynchronous import get_event_loop
 
 from models.base import Captioner
 from readroom.errors import DeviceBroken
@@ -36,9 +38,15 @@ def make_trouble(words: str) -> Trouble:
         "hang": threading.Event().wait,
         "break": lose_device,
         "fail": lambda: 1 / 0,
+        "consumer": break_consumer,
     }
     culprit = int(value or -1)
     return lambda pixels: acts[name]() if culprit in pixels else None  # type: ignore[return-value]
+
+
+def break_consumer() -> None:
+    """What kombu 5.7 does with a channel that died: an error that nobody expects, in Celery's loop."""
+    get_event_loop().call_soon(getattr, None, "hostname")
 
 
 def lose_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,6 +179,27 @@ def test_a_lost_device_ends_the_process_for_its_supervisor(plant: Plant) -> None
 
     assert set(worker.statuses) == {ExitCode.DEVICE}
     assert plant.states() == {"succeeded": 39, "failed": 1}
+
+
+def test_an_error_in_celerys_consumer_ends_the_process_for_its_supervisor(plant: Plant) -> None:
+    plant.enqueue(range(1, 101))
+    worker = plant.start_worker(trouble="consumer:7")
+
+    assert worker.wait() == ExitCode.BROKER
+    assert plant.count("running") == 0
+    assert plant.start_worker(drain=True).wait() == ExitCode.STOPPED
+    assert plant.states() == {"succeeded": 100}
+
+
+def test_a_file_that_never_comes_ends_the_process_for_its_supervisor(start_plant: StartPlant) -> None:
+    plant = start_plant(batch_deadline_s=0.5)
+    plant.enqueue(range(1, 3))
+    (plant.home / "items" / "2.txt").unlink()
+    os.mkfifo(plant.home / "items" / "2.txt")  # like a network disk that is away: opening it never returns
+    worker = plant.start_worker()
+
+    assert worker.wait() == ExitCode.HUNG
+    assert {row.attempt for row in plant.fetch_jobs([1, 2])} == {0}
 
 
 def test_a_worker_that_is_connected_but_takes_nothing_ends_for_its_supervisor(start_plant: StartPlant) -> None:
