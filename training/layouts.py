@@ -251,7 +251,7 @@ def _make_mimic_study(seed: int, index: int, count: int) -> list[MimicFilm]:
     visit = sample_visit(_seed_of(seed, index))
     owner = index - (1 if index % 3 == 2 else 0)
     position = owner / count
-    split = "train" if position < 0.7 else "validate" if position < 0.85 else "test"
+    split = "train" if position < 0.7 else "validate" if position < 0.83 else "test"
     subject, study = 10_000_000 + _pick_id(seed, "subject", owner), 50_000_000 + _pick_id(seed, "study", index)
     frontal = draw_radiograph(visit.seed, 256)
     films = [Film(frontal.pixels, frontal.truth, 1)]

@@ -3,7 +3,7 @@
     python -m training.recipe --config training/configs/bundled_blip.toml --out models/bundled/blip
 
 The model is transformers' BlipForConditionalGeneration (Li et al., BLIP, 2022), only small. Beside BLIP's language
-loss there is one auxiliary loss, used in training only and thrown away after: a linear layer on the mean of the image
+loss there is one auxiliary loss, used in training only and thrown away after: a linear layer on all image
 features says which pairs of neighbouring words the caption holds ("left pleural", "red circle"). It brings a direct
 gradient to the vision tower, which otherwise starts slowly from random weights; the captions never see it.
 """
@@ -50,6 +50,9 @@ Config = dict[str, Any]
 # A word pair that fewer captions hold than this teaches the auxiliary layer nothing.
 RAREST_PAIR = 0.003
 LOG_EVERY_STEPS = 25
+POSITION_STRENGTH = 0.5  # beside embedded patches of unit variance
+WHITENING_FLOOR = 0.02
+WHITENING_SAMPLE = 2000  # pictures
 COMMAND = "python -m training.recipe --config training/configs/bundled_blip.toml --out models/bundled/blip"
 
 
@@ -89,13 +92,58 @@ def build_model(model: Config, vocabulary: int) -> BlipForConditionalGeneration:
     return BlipForConditionalGeneration(config)
 
 
+@torch.no_grad()
+def set_weights(blip: BlipForConditionalGeneration, pixels: torch.Tensor) -> None:
+    """Start where a small model learns at once; `pixels` float [n, 3, size, size] is a sample of what it will see.
+
+    transformers' standard deviation of 0.02 is meant for width 768: at 128 every layer is so weak that training stands
+    still for a thousand steps. So linear layers start by Glorot's rule (2010). Films are alike but for small, faint
+    differences: patches are embedded as their whitened principal components, and the position embedding takes the mean
+    picture away and adds 2-D sinusoids (He et al., MAE, 2022), so that what is unusual, and where, is loud from the
+    first step.
+    """
+    for name, weight in blip.named_parameters():
+        if weight.dim() == 2 and "embedding" not in name:
+            nn.init.xavier_uniform_(weight)
+    embeddings = blip.vision_model.embeddings
+    filters, bias = whiten_patches(pixels, embeddings.patch_size, embeddings.embed_dim)
+    embeddings.patch_embedding.weight.copy_(filters.view_as(embeddings.patch_embedding.weight))
+    embeddings.patch_embedding.bias.copy_(bias)
+    usual = embeddings.patch_embedding(pixels).mean(dim=0).flatten(1).T  # [patches, width]
+    waves = make_sinusoids(round(len(usual) ** 0.5), embeddings.embed_dim)
+    embeddings.position_embedding[0, 1:] = POSITION_STRENGTH * waves - usual
+
+
+def whiten_patches(pixels: torch.Tensor, patch: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Filters [width, 3 * patch * patch] and bias that give patches as principal components of unit variance."""
+    patches = nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    mean = patches.mean(dim=0)
+    values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
+    # The floor keeps components that are little but noise from being blown up to the size of the others.
+    strength = (values + WHITENING_FLOOR * values.mean()).rsqrt()
+    filters = (vectors * strength).T[-width:]
+    return filters, -filters @ mean
+
+
+def make_sinusoids(side: int, width: int) -> torch.Tensor:
+    """Positions of `side` x `side` patches, row by row: float [side * side, width], half for rows, half for columns."""
+    quarter = width // 4
+    frequencies = math.pi * torch.arange(1, quarter + 1) / 2 * (side / quarter)  # up to one wave over four patches
+    angles = ((torch.arange(side) + 0.5) / side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = waves[:, None].expand(side, side, 2 * quarter)
+    columns = waves[None].expand(side, side, 2 * quarter)
+    return torch.cat([rows, columns], dim=2).reshape(side * side, width)
+
+
 class Captioner(nn.Module):
     """BLIP and the auxiliary layer under one roof, so that both are prepared and optimised together."""
 
     def __init__(self, blip: BlipForConditionalGeneration, pairs: int) -> None:
         super().__init__()
         self.blip = blip
-        self.pair_layer = nn.Linear(blip.config.vision_config.hidden_size, pairs)
+        embeddings = blip.vision_model.embeddings
+        self.pair_layer = nn.Linear((1 + embeddings.num_patches) * embeddings.embed_dim, pairs)
 
     def forward(
         self, pixels: torch.Tensor, tokens: torch.Tensor, pairs: torch.Tensor
@@ -110,7 +158,7 @@ class Captioner(nn.Module):
             labels=labels,
             reduction="mean",
         ).loss
-        seen = self.pair_layer(features.mean(dim=1))
+        seen = self.pair_layer(features.flatten(1))
         return loss, nn.functional.binary_cross_entropy_with_logits(seen, pairs, reduction="none").sum(1).mean()
 
 
@@ -187,7 +235,10 @@ def train_captioner(config: Config, metrics: TextIO) -> tuple[BlipForConditional
     tokens = encode_captions(tokenizer, pictures.captions)
     pairs = mark_pairs(tokens)
     accelerator = Accelerator(cpu=True)
-    captioner = Captioner(build_model(settings, len(tokenizer)), pairs.shape[1])
+    blip = build_model(settings, len(tokenizer))
+    sample = torch.randperm(len(pictures))[:WHITENING_SAMPLE]
+    set_weights(blip, normalise_pixels(pictures.pixels[sample].float() / 255, settings["mean"], settings["std"]))
+    captioner = Captioner(blip, pairs.shape[1])
     adam = torch.optim.AdamW(captioner.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=optimiser["weight_decay"])
     captioner, adam = accelerator.prepare(captioner, adam)
     steps = sum(stage["steps"] for stage in config["stages"])

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 GENERATOR_VERSION = "scene-1"
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (214, 40, 40),
     "blue": (40, 80, 210),
@@ -87,7 +87,7 @@ def _place_things(rng: np.random.Generator, relation: str) -> list[tuple[float, 
 def _draw_thing(
     pen: ImageDraw.ImageDraw, rng: np.random.Generator, thing: Thing, spot: tuple[float, float], size: tuple[int, int]
 ) -> None:
-    radius = rng.uniform(0.13, 0.19) * min(size)
+    radius = rng.uniform(0.15, 0.21) * min(size)
     x, y = spot[0] * size[0], spot[1] * size[1]
     shade = rng.uniform(0.9, 1.08)
     red, green, blue = (min(255, int(value * shade)) for value in COLOURS[thing.colour])
@@ -99,13 +99,11 @@ def _draw_thing(
 
 
 def _outline(shape: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """Corners around the centre, the first one pointing up (a square starts on its corner, turned by 45 degrees)."""
-    corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+    """Corners around the centre: a triangle points up, a square stands on its side."""
+    corners = {"square": 4, "triangle": 3}[shape]
     start = turn - np.pi / 2 + (np.pi / 4 if shape == "square" else 0)
-    far = radius * (1.2 if shape == "square" else 1.25)
-    reach = [far * (0.45 if shape == "star" and i % 2 else 1) for i in range(corners)]
     angles = start + 2 * np.pi * np.arange(corners) / corners
-    return [(x + r * float(np.cos(a)), y + r * float(np.sin(a))) for r, a in zip(reach, angles, strict=True)]
+    return [(x + 1.25 * radius * float(np.cos(a)), y + 1.25 * radius * float(np.sin(a))) for a in angles]
 
 
 def _describe(things: tuple[Thing, ...], relation: str) -> tuple[str, ...]:
