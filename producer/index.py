@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-CACHE_KIB = 2048
+CACHE_KIB = 512
 SCHEMA = """
     CREATE TABLE instances (uid BLOB PRIMARY KEY, path BLOB, pixels_start INT, pixels_end INT, digest TEXT,
                             pixels_digest TEXT) WITHOUT ROWID;
@@ -36,7 +36,7 @@ class Content:
 
 
 def open_temporary(schema: str) -> sqlite3.Connection:
-    """A nameless SQLite file of 2 MiB of memory at most, in one transaction that is never committed."""
+    """A nameless SQLite file of half a MiB of memory at most, in one transaction that is never committed."""
     connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
     pragmas = f"PRAGMA cache_size = -{CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
     connection.executescript(f"{pragmas} {schema} BEGIN;")

@@ -36,7 +36,7 @@ def picture(shade: int = 0, size: tuple[int, int] = (12, 8), kind: str = "JPEG")
 
 
 def write_coco(base: Path, names: list[str], extra: list[dict[str, Any]] | None = None, split: str = "val2017") -> None:
-    exports.write_files(base / split, {name: picture(n) for n, name in enumerate(names)})
+    exports.write_files(base / split, {name: picture(20 * n) for n, name in enumerate(names)})
     images = [{"id": 100 + n, "file_name": name, "height": 8, "width": 12} for n, name in enumerate(names)]
     captions = [{"id": n, "image_id": 100 + n // 2, "caption": f"caption {n}"} for n in range(2 * len(names))]
     document = {"info": {"year": 2017}, "licenses": [{"id": 1}], "images": [*images, *(extra or [])]}
