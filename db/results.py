@@ -58,7 +58,8 @@ def save_results(
     rows = {_identify(held[one.job_id], one): _describe_result(held[one.job_id], one, worker) for one in outcomes}
     # In one order: two workers that write the same results wait for each other and do not deadlock.
     ordered = [rows[identity] for identity in sorted(rows)]
-    ids = {tuple(row)[1:]: row[0] for row in insert_new(connection, results, ordered, (results.c.id, *IDENTITY))}
+    new = {row.job_id: row.id for row in insert_new(connection, results, ordered, (results.c.id, results.c.job_id))}
+    ids = {identity: new[row["job_id"]] for identity, row in rows.items() if row["job_id"] in new}
     if len(ids) < len(rows):
         old = select(results.c.id, *IDENTITY).where(tuple_(*IDENTITY).in_(rows.keys() - ids.keys()))
         ids |= {tuple(row)[1:]: row[0] for row in connection.execute(old)}

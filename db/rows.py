@@ -7,6 +7,8 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
+    BindParameter,
     Column,
     ColumnElement,
     Connection,
@@ -16,11 +18,12 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import insert as postgres_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from db.tables import ForeignJson, ForeignText
 
@@ -44,15 +47,55 @@ def insert_new(
     return connection.execute(statement.on_conflict_do_nothing().returning(*returning)).all()
 
 
+class ListedIds(FunctionElement[int]):
+    """A subquery of the ids in a JSON array that is one parameter: the statement is compiled once for all lists."""
+
+    inherit_cache = True
+    type = BigInteger()
+
+
+class AssignedValue(FunctionElement[int]):
+    """What a JSON object that is one parameter has for a key: an UPDATE gives each row another value with it."""
+
+    inherit_cache = True
+    type = BigInteger()
+
+
 def among(key: Column[int], ids: Collection[int]) -> ColumnElement[bool]:
-    """`key IN (1, 2, 3)` with the numbers written out: a parameter for each costs more than the search itself."""
-    return key.in_(bindparam(None, list(ids), expanding=True, literal_execute=True, unique=True))
+    """`key IN (...)`, whatever the number of ids."""
+    return key.bool_op("IN")(ListedIds(_as_document(list(ids))))
 
 
 def choose_value(key: Column[int], values: Mapping[int, int]) -> ColumnElement[int]:
-    """`CASE key WHEN 1 THEN 10 WHEN 2 THEN 20 END`, for an UPDATE that gives each row another number."""
-    branches = " ".join(f"WHEN {int(number)} THEN {int(value)}" for number, value in values.items())
-    return literal_column(f"CASE {key.table}.{key.name} {branches} END", key.type)
+    """The value that the mapping has for the row's key."""
+    return AssignedValue(key, _as_document({str(number): value for number, value in values.items()}))
+
+
+def _as_document(value: Any) -> BindParameter[Any]:
+    return bindparam(None, value, JSON, unique=True)
+
+
+@compiles(ListedIds, "sqlite")
+def _list_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    return f"(SELECT value FROM json_each({compiler.process(element.clauses, **options)}))"  # noqa: S608 - a placeholder
+
+
+@compiles(ListedIds, "postgresql")
+def _list_postgres(element: Any, compiler: Any, **options: Any) -> str:
+    document = compiler.process(element.clauses, **options)
+    return f"(SELECT CAST(value AS BIGINT) FROM json_array_elements_text({document}))"  # noqa: S608 - a placeholder
+
+
+@compiles(AssignedValue, "sqlite")
+def _assign_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    key, document = (compiler.process(part, **options) for part in element.clauses)
+    return f"json_extract({document}, '$.\"' || {key} || '\"')"
+
+
+@compiles(AssignedValue, "postgresql")
+def _assign_postgres(element: Any, compiler: Any, **options: Any) -> str:
+    key, document = (compiler.process(part, **options) for part in element.clauses)
+    return f"CAST(CAST({document} AS JSONB) ->> CAST({key} AS TEXT) AS BIGINT)"
 
 
 def slice_ids(ids: Collection[int]) -> Iterator[list[int]]:

@@ -8,8 +8,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from sqlalchemy import func, select
 
@@ -20,6 +20,8 @@ from db.submissions import add_images, count_jobs, open_submission, tally_submis
 from db.tables import jobs, results, submission_jobs
 from readroom.records import JobKind, JobState, Outcome
 from tests.fakes.items import add_jobs, make_images, make_plan
+
+Answer = TypeVar("Answer")
 
 CLAIMER = """
 import sys
@@ -43,11 +45,11 @@ def full_url(store: Store) -> str:
     return store._url.render_as_string(hide_password=False)
 
 
-def run_together(count: int, act: Callable[[int], object]) -> list[object]:
+def run_together(count: int, act: Callable[[int], Answer]) -> list[Answer]:
     """Run `act` in several threads that begin at the same moment; their answers."""
     barrier = threading.Barrier(count)
 
-    def start(number: int) -> object:
+    def start(number: int) -> Answer:
         barrier.wait()
         return act(number)
 
@@ -63,7 +65,7 @@ def test_threads_that_race_for_the_same_jobs_share_them_without_overlap(store: S
         parts = [mixed[start : start + 10] for start in range(0, len(ids), 10)]
         return [one.id for part in parts for one in claim_jobs(store, part, f"thread {number}", 60)]
 
-    taken = [set(part) for part in run_together(6, claim_all)]  # type: ignore[call-overload]
+    taken = [set(part) for part in run_together(6, claim_all)]
     assert sum(map(len, taken)) == 200
     assert set.union(*taken) == set(ids)
     with store.read() as connection:
@@ -74,13 +76,14 @@ def test_threads_that_race_for_the_same_jobs_share_them_without_overlap(store: S
 
 def test_processes_that_race_for_the_same_jobs_write_one_result_each(store: Store) -> None:
     ids = add_jobs(store, 400)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", CLAIMER, full_url(store), f"process {number}", str(min(ids)), str(max(ids))],
             text=True,
-            cwd=Path.cwd(),
-            **pipes,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
         )
         for number in range(3)
     ]
@@ -124,7 +127,7 @@ def test_threads_that_read_and_write_everything_at_once_never_find_the_store_loc
 
     done = run_together(8, work)
     counts = count_jobs(store, submission)
-    assert counts[JobState.SUCCEEDED] == sum(done)  # type: ignore[arg-type]
+    assert counts[JobState.SUCCEEDED] == sum(done)
     assert counts[JobState.RUNNING] == counts[JobState.FAILED] == 0
     assert sum(counts.values()) == 4 * (30 + 5 * 15)
 
@@ -150,7 +153,12 @@ def test_promotions_at_the_same_time_leave_exactly_one_active_checkpoint(store: 
     refs = [f"sha256:{number}" for number in range(4)]
     for ref in refs:
         add_checkpoint(store, CheckpointRecord(ref, "blip", "bundled", "/checkpoints"))
-    run_together(4, lambda number: [set_active(store, refs[number]) for _ in range(5)])
+
+    def promote(number: int) -> None:
+        for _ in range(5):
+            set_active(store, refs[number])
+
+    run_together(4, promote)
     assert [one.state for one in list_checkpoints(store)].count(CheckpointState.ACTIVE) == 1
 
 

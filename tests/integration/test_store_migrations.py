@@ -58,8 +58,8 @@ def test_a_second_opening_keeps_what_is_stored(empty_url: str) -> None:
 
 def test_four_processes_that_open_an_empty_store_at_once_all_get_it(empty_url: str) -> None:
     command = [sys.executable, "-c", OPENER, empty_url]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    openers = [subprocess.Popen(command, text=True, cwd=Path.cwd(), **pipes) for _ in range(4)]
+    pipe = subprocess.PIPE
+    openers = [subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(4)]
     for opener in openers:
         assert opener.stdout is not None
         assert opener.stdout.readline() == "ready\n"

@@ -38,7 +38,8 @@ def test_only_a_failed_job_leaves_a_final_state_and_only_by_a_persons_hand() -> 
 
 
 def test_every_state_is_reached_from_waiting() -> None:
-    reached, grown = set(), {JobState.WAITING}
+    reached: set[JobState] = set()
+    grown = {JobState.WAITING}
     while grown != reached:
         reached = set(grown)
         grown = reached.union(*(TRANSITIONS[state] for state in reached))
