@@ -109,7 +109,7 @@ def test_five_thousand_new_images_are_added_in_a_second_of_work(sqlite_store: St
     plan = make_plan()
     submission = open_submission(sqlite_store, plan)
     rates = []
-    for part in range(5):
+    for part in range(10):
         images = make_images(500, 500 * part)
         # Time of this process, not of the clock: the machine may be busy with something else.
         start = time.process_time()
