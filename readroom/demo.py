@@ -32,9 +32,15 @@ from readroom.sheet import SheetEntry, write_sheet
 if TYPE_CHECKING:
     from db.results import ResultRecord
 
-# Real files of the NEMA sample set in pydicom-data: one chest film in two encodings, a shin bone, CT, MR, a report.
+# Real files of pydicom-data: one chest film in two encodings; a shin bone, CT, MR, ultrasound, a screenshot's class, a
+# segmentation.
 REAL_CHEST = ("RG1_UNCR.dcm", "RG1_J2KR.dcm")
-REAL_OTHERS = ("RG3_UNCR.dcm", "CT1_UNC.dcm", "MR1_UNCI.dcm")
+REAL_OTHERS = ("RG3_J2KR.dcm", "693_J2KR.dcm", "MR2_J2KR.dcm", "US1_J2KR.dcm", "SC_rgb.dcm", "liver.dcm")
+SPLIT = "val2017"
+SHOWN_CHARACTERS, TITLE_CHARACTERS = (
+    34,
+    22,
+)  # of an item in a table: paths of exports are long, their ends tell them apart
 WAIT_LIMIT_S = 300.0
 SHEET_NOTE = (
     "AI drafts, not for diagnosis. Phantoms are drawn with known findings; the real radiograph is none of them."
@@ -147,8 +153,7 @@ def find_real_files() -> dict[str, Path]:
     except ImportError:
         raise BadCall("the demo needs the package pydicom-data", "pip install 'readroom[demo]'") from None
     folder = Path(next(iter(data_store.__path__))) / "data"
-    paths = {name: folder / name for name in (*REAL_CHEST, *REAL_OTHERS)}
-    return {name: path for name, path in paths.items() if path.exists()}
+    return {name: folder / name for name in (*REAL_CHEST, *REAL_OTHERS)}
 
 
 def start_worker(settings: Settings, output: Path) -> subprocess.Popen[bytes]:
@@ -166,7 +171,7 @@ def start_worker(settings: Settings, output: Path) -> subprocess.Popen[bytes]:
 def submit_sample(settings: Settings, kind: str, path: Path) -> SubmissionCounts:
     """Enqueue one sample folder."""
     priority = Priority.STAT if kind == "pacs" else Priority.BULK
-    options = (("split", "val2017"),) if kind == "coco" else ()
+    options = (("split", SPLIT),) if kind == "coco" else ()
     return run_intake(settings, Intake(source_kind=kind, path=path, priority=priority, options=options))
 
 
@@ -253,7 +258,7 @@ def caption_table(records: list[ResultRecord]) -> Table:
         table.add_column(column, overflow="fold")
     for record in records:
         score = "" if record.score is None else f"{record.score:.2f}"
-        table.add_row(record.item, record.view or "", record.text, score)
+        table.add_row(shorten_item(record.item), record.view or "", record.text, score)
     return table
 
 
@@ -264,7 +269,7 @@ def skipped_table(submissions: list[SubmissionCounts]) -> Table:
         table.add_column(column, overflow="fold")
     for item in (item for counts in submissions for item in counts.skipped):
         style = "" if item.reason in EXPECTED_REASONS else "red"
-        table.add_row(item.item, item.reason, item.detail, style=style)
+        table.add_row(shorten_item(item.item), item.reason, item.detail, style=style)
     return table
 
 
@@ -285,10 +290,15 @@ def draw_entries(samples: Samples, films: list[ResultRecord], scenes: list[Resul
     from models.pixels import render_file
 
     entries = []
-    for folder, records in ((samples.export, films), (samples.scenes, scenes)):
+    for folder, prefix, records in ((samples.export, "", films), (samples.scenes / SPLIT, f"{SPLIT}/", scenes)):
         for record in records:
-            truth = samples.truths.get(record.item)
+            truth = samples.truths.get(prefix + record.item)
             detail = f"truth: {truth}" if truth else "a real film: its truth is not known"
             picture = Image.fromarray(render_file(folder / record.item))
-            entries.append(SheetEntry(picture, record.item, record.text, detail))
+            entries.append(SheetEntry(picture, shorten_item(record.item, TITLE_CHARACTERS), record.text, detail))
     return entries
+
+
+def shorten_item(item: str, longest: int = SHOWN_CHARACTERS) -> str:
+    """The end of a long path."""
+    return item if len(item) <= longest else "…" + item[1 - longest :]

@@ -6,17 +6,21 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont
 from PIL.Image import Image as Picture
 
-THUMB = 224  # pixels: the side of a thumbnail, room for four columns on an ordinary screen
+THUMB = 208  # pixels: the side of a thumbnail; six columns fill an ordinary screen
 GAP = 16
-COLUMNS = 4
-TEXT_LINES = 7
+HEAD = 80
+COLUMNS = 6
+TEXT_LINES = 6
 FONT_SIZE = 14
+LINE = FONT_SIZE + 4
+TEXT_WIDTH = THUMB - GAP
 INK, FAINT, PAPER, CARD = (28, 32, 38), (104, 112, 122), (240, 242, 245), (255, 255, 255)
 
 PAGE = """<!doctype html>
@@ -72,17 +76,19 @@ def encode_jpeg(picture: Picture, side: int = 2 * THUMB) -> str:
 
 
 def draw_sheet(entries: Sequence[SheetEntry], title: str, note: str) -> Picture:
-    """The whole sheet as one RGB picture, `COLUMNS` cards a row."""
-    card_height = THUMB + (TEXT_LINES * (FONT_SIZE + 4)) + 2 * GAP
-    rows = -(-len(entries) // COLUMNS)
+    """The whole sheet as one RGB picture, `COLUMNS` cards a row, each row as high as its longest text."""
+    rows = [entries[start : start + COLUMNS] for start in range(0, len(entries), COLUMNS)]
+    heights = [THUMB + 2 * GAP + LINE * max(len(list_lines(entry)) for entry in row) for row in rows]
     width = COLUMNS * (THUMB + GAP) + GAP
-    sheet = Image.new("RGB", (width, 84 + rows * (card_height + GAP) + GAP), PAPER)
+    sheet = Image.new("RGB", (width, HEAD + sum(heights) + GAP * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 16), title, fill=INK, font=load_font(22))
-    draw.text((GAP, 50), note, fill=FAINT, font=load_font(FONT_SIZE))
-    for index, entry in enumerate(entries):
-        left = GAP + (index % COLUMNS) * (THUMB + GAP)
-        draw_card(sheet, entry, left, 84 + (index // COLUMNS) * (card_height + GAP), card_height)
+    draw.text((GAP, 48), note, fill=FAINT, font=load_font(FONT_SIZE))
+    top = HEAD
+    for row, height in zip(rows, heights, strict=True):
+        for column, entry in enumerate(row):
+            draw_card(sheet, entry, GAP + column * (THUMB + GAP), top, height)
+        top += height + GAP
     return sheet
 
 
@@ -91,12 +97,16 @@ def draw_card(sheet: Picture, entry: SheetEntry, left: int, top: int, height: in
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((left, top, left + THUMB - 1, top + height - 1), fill=CARD)
     sheet.paste(fit_square(entry.picture), (left, top))
-    font = load_font(FONT_SIZE)
-    text = [(line, INK) for line in wrap_text(entry.text, font, THUMB - 16)[: TEXT_LINES - 2]]
-    lines = [(entry.title, FAINT), *text, *([(entry.detail, FAINT)] if entry.detail else [])]
-    for number, (line, colour) in enumerate(lines[:TEXT_LINES]):
-        shown = clip_text(line, font, THUMB - 16)
-        draw.text((left + 8, top + THUMB + 8 + number * (FONT_SIZE + 4)), shown, fill=colour, font=font)
+    for number, (line, colour) in enumerate(list_lines(entry)):
+        place = (left + GAP // 2, top + THUMB + GAP // 2 + number * LINE)
+        draw.text(place, clip_text(line, load_font(FONT_SIZE), TEXT_WIDTH), fill=colour, font=load_font(FONT_SIZE))
+
+
+def list_lines(entry: SheetEntry) -> list[tuple[str, tuple[int, int, int]]]:
+    """The lines under a picture, each with its colour: title, text, detail."""
+    text = wrap_text(entry.text, load_font(FONT_SIZE), TEXT_WIDTH)[:TEXT_LINES]
+    detail = wrap_text(entry.detail, load_font(FONT_SIZE), TEXT_WIDTH)[:TEXT_LINES]
+    return [(entry.title, FAINT), *((line, INK) for line in text), *((line, FAINT) for line in detail)]
 
 
 def fit_square(picture: Picture) -> Picture:
@@ -108,6 +118,7 @@ def fit_square(picture: Picture) -> Picture:
     return square
 
 
+@lru_cache
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own scalable font: the same on every machine."""
     return ImageFont.load_default(size)

@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from readroom.sheet import COLUMNS, GAP, THUMB, SheetEntry, clip_text, load_font, render_page, wrap_text, write_sheet
+from readroom.sheet import (
+    COLUMNS,
+    GAP,
+    HEAD,
+    THUMB,
+    SheetEntry,
+    clip_text,
+    load_font,
+    render_page,
+    wrap_text,
+    write_sheet,
+)
 
 
 def make_entry(
@@ -25,7 +36,7 @@ def test_sheet_writes_a_png_and_a_page_with_every_card(tmp_path: Path) -> None:
         pixels = np.asarray(sheet.convert("L"))
     for number, entry in enumerate(entries):
         left = GAP + (number % COLUMNS) * (THUMB + GAP)
-        column = pixels[84:, left + THUMB // 2]
+        column = pixels[HEAD:, left + THUMB // 2]
         assert 40 * (number + 1) in column, entry
     assert page.read_text().count("<figure>") == 6
 
