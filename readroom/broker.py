@@ -142,7 +142,10 @@ def _run_server(folder: Path, port: int, password: str) -> BrokerHandle | None:
     _started[process.pid] = process
     _write_private(folder / "pid", str(process.pid))
     handle = BrokerHandle(_make_url(port, password), process.pid, port)
-    return handle if _wait_ready(handle) else None
+    if _wait_ready(handle):
+        return handle
+    process.kill()  # a server that nobody can use must not stay behind
+    return None
 
 
 def find_binary() -> str:

@@ -19,6 +19,7 @@ from readroom.messages import JobMessage, parse_payload
 from readroom.records import JobKind
 from readroom.settings import MAX_IDS_PER_MESSAGE, load_settings
 from readroom.transport import make_celery, publish, queue_depths, redis_client
+from tests.fakes.plant import wait_until
 from tests.fakes.queue import read_payloads
 
 START = "import sys; from pathlib import Path; from readroom.broker import start_broker; " + (
@@ -99,6 +100,18 @@ def test_a_port_taken_by_somebody_else_is_given_up(home: Path) -> None:
 
     with socket.create_server(("127.0.0.1", port)):
         assert broker.start_broker(home).port != port
+
+
+def test_a_server_that_does_not_answer_is_not_left_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    monkeypatch.setattr(broker, "_wait_ready", lambda handle: launched.append(handle.pid))
+
+    with pytest.raises(BrokerError, match="does not start"):
+        broker.start_broker(home)
+    monkeypatch.undo()
+
+    assert len(launched) == broker.PORT_TRIES
+    wait_until(lambda: not any(broker._is_server(pid) for pid in launched), "the end of all servers")
 
 
 def test_a_broker_that_must_not_be_started_is_reported_missing(home: Path) -> None:
