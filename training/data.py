@@ -109,7 +109,7 @@ def augment_pixels(pixels: torch.Tensor, generator: torch.Generator) -> torch.Te
     theta[:, :, 2] = (torch.rand(count, 2, generator=generator) - 0.5) * 0.08  # 4 % of the width either way
     grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     moved = functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    toned = moved.clamp(1e-4, 1) ** sample(0.8, 1.25) * sample(0.85, 1.1) + sample(-0.05, 0.05)
+    toned = moved.clamp(1e-4, 1) ** sample(0.85, 1.18) * sample(0.88, 1.08) + sample(-0.04, 0.04)
     noise = torch.randn(pixels.shape[0], 1, *pixels.shape[2:], generator=generator)
     return (toned + noise * sample(0.0, 0.03)).clamp(0, 1)
 

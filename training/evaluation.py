@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from training.data import TEST_SEED, make_radiographs, make_scenes, normalise_pixels
 
@@ -57,6 +58,7 @@ class Loaded:
 
 def load_captioner(folder: Path) -> Loaded:
     """Load a checkpoint folder in float32, the weights as stored."""
+    logging.disable_progress_bar()  # a bar of a hundred weights tells nothing, and --json shares the terminal
     blip = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     processor = json.loads((folder / "preprocessor_config.json").read_text())

@@ -101,7 +101,7 @@ def _sample_opacities(rng: np.random.Generator, effusion: list[Finding]) -> list
     if rng.random() < 0.12:
         drawn.append(Finding("atelectasis", side=str(rng.choice(SIDES)), zone="lower"))
     if rng.random() < 0.14:
-        millimetres = int(rng.integers(14, 33))
+        millimetres = int(rng.integers(18, 35))
         drawn.append(Finding("nodule", str(rng.choice(SIDES)), "", str(rng.choice(ZONES[:2])), millimetres))
     return [finding for finding in drawn if not _is_drowned(finding, effusion)]
 

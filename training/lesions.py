@@ -48,7 +48,7 @@ def _draw_nodule(
     x, y = _pick_place(rng, chest, finding)
     radius = finding.millimetres / 20
     distance = np.hypot(grid.x - x, grid.y - y)
-    added += 3.6 * np.clip(1 - (distance / radius) ** 2, 0, 1) ** 0.5
+    added += 4.2 * np.clip(1 - (distance / radius) ** 2, 0, 1) ** 0.5
     return grid.box(x - radius, y - radius, x + radius, y + radius)
 
 
@@ -73,7 +73,7 @@ def _draw_atelectasis(
     sign = SIGN[finding.side]
     x, y = sign * rng.uniform(7.0, 8.5), chest.dome - rng.uniform(1.6, 3.2)
     half, slope = rng.uniform(2.6, 3.6), rng.uniform(-0.25, 0.25)
-    band = step(0.42 - np.abs(grid.y - y - slope * (grid.x - x)), 0.07) * step(half - np.abs(grid.x - x), 0.2)
+    band = step(0.5 - np.abs(grid.y - y - slope * (grid.x - x)), 0.07) * step(half - np.abs(grid.x - x), 0.2)
     added += 3.4 * band * lungs.shape
     return grid.box(x - half, y - 1.0, x + half, y + 1.0)
 

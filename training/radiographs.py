@@ -30,8 +30,9 @@ from training.devices import draw_devices
 from training.findings import Finding, Truth, sample_truth
 from training.lesions import FINDING_DRAWERS
 
-GENERATOR_VERSION = "radiograph-1"
+GENERATOR_VERSION = "radiograph-2"
 WATER_PER_CM = 0.17  # effective attenuation of water near 70 keV, softened by the wide beam
+METAL_MARGIN = 0.12  # of the grey scale above the densest tissue, so that metal shows on the spine too
 LUNG_DENSITY = 0.26  # inflated lung against water
 
 
@@ -81,15 +82,17 @@ def _draw_frontal(
 
 def _draw_lateral(rng: np.random.Generator, chest: Chest, grid: Grid) -> Plane:
     """A plain lateral view: breastbone to the left, spine to the right, heart low in front. No findings are drawn."""
-    t = np.clip((grid.y - chest.apex) / (chest.dome - chest.apex), 0, 1.3)
-    half = 7.0 + 4.0 * np.sin(np.clip(t, 0, 1) * 1.9)
-    body = 26 * np.clip(1 - (grid.x / (half + chest.skin)) ** 2, 0, 1) ** 0.3
-    floor = chest.dome - 1.5 + 0.045 * (grid.x + 3) ** 2
-    gap = np.minimum.reduce([half - np.abs(grid.x), floor - grid.y, grid.y - chest.apex])
-    heart = np.hypot((grid.x + 3.2) / 5.2, (grid.y - chest.dome + 4.2) / 5.6)
-    lung = 17 * step(gap, 0.2) * np.clip(0.4 + gap / 5, 0.4, 1) * (1 - 0.6 * step((1 - heart) * 4, 0.25))
-    spine = 4.5 * step(1.7 - np.abs(grid.x - 6.2 - 0.01 * (grid.y - 20) ** 2), 0.25)
-    water: Plane = body - (1 - LUNG_DENSITY) * lung + spine * (0.85 + 0.15 * np.sin(grid.y * 2.4))
+    middle, reach = (chest.apex + chest.dome) / 2 + 1.0, (chest.dome - chest.apex) / 2 + 2.5
+    half = 5.0 + (6.5 + chest.skin) * step(grid.y - chest.apex - 1.0, 1.2)
+    body = 24 * np.clip(1 - (grid.x / half) ** 2, 0, 1) ** 0.35
+    floor = chest.dome - 1.0 + rng.uniform(0.035, 0.06) * (grid.x + 3) ** 2
+    gap = np.minimum((1 - np.hypot(grid.x / 9.6, (grid.y - middle) / reach)) * 7, floor - grid.y)
+    heart = step((1 - np.hypot((grid.x + 3.6) / 4.8, (grid.y - chest.dome + 4.4) / 5.4)) * 4, 0.25)
+    lung = 16 * step(gap, 0.2) * np.clip(0.4 + gap / 5, 0.4, 1) * (1 - 0.6 * heart)
+    vertebrae = 0.8 + 0.2 * np.sin(grid.y * 2 * np.pi / 2.6)
+    spine = 4.0 * step(1.5 - np.abs(grid.x - 6.4 + 0.012 * (grid.y - middle) ** 2), 0.25) * vertebrae
+    ribs = 0.8 * step(gap + 0.5, 0.3) * (np.sin((grid.y - 0.55 * grid.x) * 2 * np.pi / chest.rib_gap) > 0.5)
+    water: Plane = body - (1 - LUNG_DENSITY) * lung + spine + ribs
     return water.astype(np.float32)
 
 
@@ -103,6 +106,7 @@ def _expose(rng: np.random.Generator, water: Plane, grid: Grid, marker: str) -> 
     log = -np.log(through) + noise * rng.standard_normal(through.shape, dtype=np.float32)
     inside = log[:: max(1, log.shape[0] // 64), :: max(1, log.shape[1] // 64)]
     low, high = np.percentile(inside, [rng.uniform(2, 6), rng.uniform(97, 99.5)])
+    high += METAL_MARGIN * (high - low)
     grey = np.clip((log - low) / (high - low), 0, 1) ** rng.uniform(0.8, 1.35)
     if marker:
         grey = np.maximum(grey, _draw_marker(grid, marker, rng.uniform(0.75, 1.0)))

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import write_manifest
 from readroom.errors import EngineError
@@ -271,11 +272,14 @@ def train_captioner(config: Config, metrics: TextIO) -> tuple[BlipForConditional
     return accelerator.unwrap_model(captioner).blip.eval(), data_id
 
 
-def publish_captioner(blip: BlipForConditionalGeneration, config: Config, data_id: str, folder: Path) -> None:
-    """Write the checkpoint folder, score it as written, and write its manifest."""
+def publish_captioner(
+    blip: BlipForConditionalGeneration, config: Config, data_id: str, folder: Path, held_out: int = 200
+) -> None:
+    """Write the checkpoint folder, score it as written on `held_out` films and scenes, and write its manifest."""
     from training.evaluation import score_checkpoint  # late: evaluation loads what this function has written
 
     settings = config["model"]
+    transformers_logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     blip.generation_config.update(**config["generation"], bos_token_id=DEC, eos_token_id=SEP, pad_token_id=PAD)
     blip.save_pretrained(folder)
@@ -289,7 +293,7 @@ def publish_captioner(blip: BlipForConditionalGeneration, config: Config, data_i
         task="caption",
         parameters=sum(weight.numel() for weight in blip.parameters()),
         training_data=data_id,
-        scores=score_checkpoint(folder),
+        scores=score_checkpoint(folder, held_out, held_out),
         licence="Apache-2.0",
         allowed_use="research",
         preprocess="dicom_voi_v1",

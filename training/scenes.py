@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-GENERATOR_VERSION = "scene-1"
+GENERATOR_VERSION = "scene-2"
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (214, 40, 40),

@@ -119,7 +119,7 @@ def test_published_folder_verifies_and_captions(config, tmp_path):
     from training.evaluation import caption_pixels, load_captioner
 
     blip, data_id = recipe.train_captioner(config, io.StringIO())
-    recipe.publish_captioner(blip, config, data_id, tmp_path / "blip")
+    recipe.publish_captioner(blip, config, data_id, tmp_path / "blip", held_out=4)
     manifest = verify_folder(tmp_path / "blip")
     assert manifest.training_data == data_id
     assert manifest.image_size == 32
