@@ -29,9 +29,11 @@ Publish = Callable[[JobKind, Priority, list[int]], int]
 Progress = Callable[[str, int], None]
 
 # One transaction of 500 images takes 0.1 s. A list is also closed after two seconds, so that workers get their first
-# images while the rest of the export is still being read.
+# images while the rest of the export is still being read; then at one of a few lengths, since the SQLite driver keeps
+# a prepared statement (0.5 MB) for each length it has seen.
 LIST_IMAGES = 500
 LIST_SECONDS = 2.0
+LIST_LENGTHS = (200, 100, 50, 20, 10, 5, 2, 1)
 POLL_SECONDS = 0.5
 PROGRESS_ITEMS = 50
 LEFTOVER_IDS = 1000
@@ -103,10 +105,16 @@ def list_images(
             report("found", walked.items)
         if images and (len(images) >= LIST_IMAGES or time.monotonic() - started > LIST_SECONDS):
             skipped.flush()
-            yield images
-            images, started = [], time.monotonic()
+            length = cut_length(len(images))
+            yield images[:length]
+            images, started = images[length:], time.monotonic()
     if images:
         yield images
+
+
+def cut_length(count: int) -> int:
+    """How many of `count` waiting images make the next list: all that a full list holds, else one of few lengths."""
+    return count if count >= LIST_IMAGES else next(length for length in LIST_LENGTHS if length <= count)
 
 
 def digest_image(item: Found) -> Found:

@@ -93,7 +93,7 @@ def judge_entry(root: str, path: str, item: str, kind: int) -> Entry | SkippedIt
 def follow_link(root: str, path: str, item: str) -> Entry | SkippedItem:
     """A link to a regular file inside `root` stands for that file; any other is refused."""
     target = os.path.realpath(path)
-    if not is_inside(root, target):
+    if target != root and not is_inside(root, target):
         return SkippedItem(clean_item(item), Reason.UNSAFE_PATH, "a link that leads out of the source")
     if not stat.S_ISREG(_look_at(target)):
         return SkippedItem(clean_item(item), Reason.UNSAFE_PATH, "a link to a folder, or to nothing")

@@ -21,7 +21,7 @@ from db.session import Store, open_store, store_url
 from db.submissions import SubmissionPlan, SubmissionState, get_submission, list_submissions
 from db.tables import images, jobs, studies, submission_jobs
 from producer.coco import read_coco
-from producer.enqueue import enqueue
+from producer.enqueue import cut_length, enqueue
 from producer.images import scan_images
 from producer.pacs import scan_export
 from producer.skipped import read_skipped, skipped_path
@@ -329,3 +329,14 @@ def test_a_killed_enqueue_resumes_and_ends_with_the_rows_of_an_uninterrupted_one
     assert texts[0] == texts[1]
     killed_store.close()
     whole_store.close()
+
+
+def test_lists_closed_early_have_few_lengths_and_lose_nothing(
+    settings: Settings, store: Store, queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.enqueue.LIST_SECONDS", 0.0)
+    exports.write_many(tmp_path / "in", 30)
+    counts = run(settings, store, scan_export(tmp_path / "in", settings), queue)
+    assert (counts.queued, len(set(queue.ids))) == (30, 30)
+    assert {len(ids) for _, _, ids in queue.sent} == {1}
+    assert [cut_length(count) for count in (1, 3, 9, 60, 499, 500)] == [1, 2, 5, 50, 200, 500]
