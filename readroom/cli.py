@@ -286,7 +286,7 @@ def enqueue_pacs(path: Path, **options: Any) -> None:
 @click.option("--karpathy", type=click.Path(path_type=Path), help="A Karpathy split file (dataset_coco.json).")
 def enqueue_coco(path: Path, split: str, karpathy: Path | None, **options: Any) -> None:
     """A COCO folder: annotations/captions_SPLIT.json and the images of SPLIT."""
-    extra = {"split": split, **({"karpathy": karpathy} if karpathy else {})}
+    extra = {"split": split, **({"karpathy": str(karpathy.resolve())} if karpathy else {})}
     submit("coco", path, extra, **options)
 
 

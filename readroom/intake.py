@@ -160,7 +160,8 @@ def scan_source(settings: Settings, intake: Intake) -> Iterator[FoundImage | Ski
         case "coco":
             from producer.coco import read_coco
 
-            return read_coco(intake.path, settings, **options)
+            karpathy = options.get("karpathy")
+            return read_coco(intake.path, settings, options["split"], Path(karpathy) if karpathy else None)
         case "mimic":
             from producer.mimic import scan_mimic
 

@@ -112,6 +112,24 @@ def test_dry_run_enqueues_nothing(run: Run, pictures: Path, home: Path) -> None:
     assert json.loads(run("submissions", "--json").stdout) == []
 
 
+def test_coco_split_and_karpathy_file_name_the_same_jobs(run: Run, tmp_path: Path) -> None:
+    run("phantoms", "coco", str(tmp_path / "data"), "--count", "4", "--seed", "3")
+    root = tmp_path / "data" / "coco2017"
+    plain = json.loads(run("enqueue", "coco", str(root), "--split", "val2017", "--json").stdout)
+    assert (plain["images"], plain["queued"], plain["skipped"]) == (4, 4, [])
+    images = [
+        {"filepath": "val2017", "filename": f"{number:012d}.jpg", "split": "test", "cocoid": number, "imgid": number,
+         "sentids": [], "sentences": []}
+        for number in (1, 2, 99)
+    ]  # fmt: skip
+    listing = tmp_path / "dataset_coco.json"
+    listing.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    arguments = ("enqueue", "coco", str(root), "--split", "test", "--karpathy", str(listing), "--json")
+    counts = json.loads(run(*arguments, status=1).stdout)
+    assert (counts["images"], counts["queued"], counts["already_done"]) == (2, 0, 2)
+    assert [item["reason"] for item in counts["skipped"]] == ["missing"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
