@@ -101,7 +101,8 @@ def test_readme_commands_do_what_the_page_says(reader: dict[str, str]) -> None:
     assert (ROOT / "demo-output" / "contact-sheet.html").stat().st_size > 10_000
     results = Path(reader["HOME"], "tour", "results.csv").read_text().splitlines()
     assert len(results) > 3
-    assert "would be a submission" in output
+    assert "no dead letters" in output
+    assert ".jpg: a " in output, "the last command names each picture with its caption"
 
 
 @pytest.mark.slow
@@ -109,6 +110,7 @@ def test_readme_commands_do_what_the_page_says(reader: dict[str, str]) -> None:
 def test_quickstart_commands_do_what_the_page_says(reader: dict[str, str]) -> None:
     output = run_page(QUICKSTART, reader)
     assert Path(reader["HOME"], "quickstart", "results.parquet").stat().st_size > 1_000
+    assert "would be a submission" in output
     assert "queued 0" in output, "the second enqueue of the same export queues nothing"
 
 
