@@ -32,7 +32,7 @@ h1{font-size:1.5rem;margin:0}p.note{color:#68707a;margin:.3rem 0 1.5rem}
 main{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:1rem}
 figure{margin:0;background:#fff;border-radius:8px;overflow:hidden;box-shadow:0 1px 3px #0002}
 img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000}
-figcaption{padding:.7rem .9rem 1rem}small{color:#68707a;display:block}
+figcaption{padding:.7rem .9rem 1rem;overflow-wrap:anywhere}small{color:#68707a;display:block}
 </style></head><body><h1>{{ title }}</h1><p class="note">{{ note }}</p><main>
 {% for e in entries %}<figure><img alt="{{ e.title }}" src="data:image/jpeg;base64,{{ e.jpeg }}">
 <figcaption><small>{{ e.title }}</small>{{ e.text }}
