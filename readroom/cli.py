@@ -229,12 +229,14 @@ def doctor(as_json: bool) -> None:
 def print_findings(findings: list[Any]) -> None:
     """The doctor's report as a table."""
     from rich.table import Table
+    from rich.text import Text
 
     styles = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        text = f"{finding.text}  [dim]{finding.remedy}[/]" if finding.remedy else finding.text
-        table.add_row(f"[{styles[finding.level]}]{finding.level}[/]", finding.subject, text)
+        # Text, not markup: `pip install 'readroom[embedded]'` is no style.
+        text = Text.assemble(finding.text, "  ", (finding.remedy, "dim"))
+        table.add_row(Text(finding.level, styles[finding.level]), finding.subject, text)
     terminal().print(table)
 
 
@@ -402,12 +404,14 @@ def watch_progress(store: Store, submission: str | None, interval_s: float = 1.0
 
     from readroom.overview import is_finished, measure_progress, render_progress
 
-    progress = measure_progress(store, submission)
-    with Live(render_progress(progress), console=terminal(), refresh_per_second=4) as live:
+    progress, console = measure_progress(store, submission), terminal()
+    with Live(render_progress(progress), console=console, refresh_per_second=4) as live:
         while not is_finished(progress):
             time.sleep(interval_s)
             progress = measure_progress(store, submission)
             live.update(render_progress(progress))
+    if not console.is_terminal:
+        click.echo()  # there, rich leaves the last line open
 
 
 @main.command()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from readroom.errors import BadCall, ReadroomError
 from readroom.intake import EXPECTED_REASONS, Intake, run_intake
@@ -258,7 +259,7 @@ def caption_table(records: list[ResultRecord]) -> Table:
         table.add_column(column, overflow="fold")
     for record in records:
         score = "" if record.score is None else f"{record.score:.2f}"
-        table.add_row(shorten_item(record.item), record.view or "", record.text, score)
+        table.add_row(*map(Text, (shorten_item(record.item), record.view or "", record.text, score)))
     return table
 
 
@@ -269,7 +270,7 @@ def skipped_table(submissions: list[SubmissionCounts]) -> Table:
         table.add_column(column, overflow="fold")
     for item in (item for counts in submissions for item in counts.skipped):
         style = "" if item.reason in EXPECTED_REASONS else "red"
-        table.add_row(shorten_item(item.item), item.reason, item.detail, style=style)
+        table.add_row(*map(Text, (shorten_item(item.item), item.reason, item.detail)), style=style)
     return table
 
 

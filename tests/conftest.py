@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,22 @@ from pathlib import Path
 import pytest
 
 from db.session import Store, open_store
+from readroom.settings import Settings
 from tests.postgres import PostgresServer
+
+# --- the user's own installation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def apart_from_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test may touch the store or broker of whoever runs it: no READROOM_ variable, no `.env`, a home of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("READROOM_")]:
+            patch.delenv(name)
+        patch.setenv("READROOM_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setitem(Settings.model_config, "env_file", None)
+        yield
+
 
 # --- the store ------------------------------------------------------------------------------------------------------
 
