@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -91,8 +92,6 @@ def test_instances_are_as_varied_as_real_headers():
     seen = []
     for seed in range(80):
         content = make_instance(pixels, sample_visit(seed), "PA")
-        from io import BytesIO
-
         ds = dcmread(BytesIO(content))
         voi = "lut" if "VOILUTSequence" in ds else "window" if "WindowCenter" in ds else "none"
         seen.append((ds.PhotometricInterpretation, ds.BitsStored, voi, "ViewPosition" in ds, ds.Modality))
@@ -102,17 +101,25 @@ def test_instances_are_as_varied_as_real_headers():
 
 
 def test_instance_displays_as_the_drawn_picture_whatever_its_header(tmp_path):
-    checked = 0
+    plain = 0
     for seed in range(40):
         drawn = draw_radiograph(20_900_000 + seed, 160).pixels
         path = tmp_path / f"{seed}.dcm"
         path.write_bytes(make_instance(drawn, sample_visit(seed), "PA"))
         shown = render_file(path)
+        if _is_plain(path):  # readers choose the range themselves: the same picture, somewhat stretched
+            assert np.corrcoef(shown.ravel(), drawn.ravel())[0, 1] > 0.99, seed
+            plain += 1
+            continue
         assert np.abs(shown.astype(int) - drawn).max() <= 3, seed
         served = to_model_input(shown, 96).transpose(2, 0, 1).astype(int)
         assert np.abs(served - fit_picture(Image.fromarray(drawn), 96)).max() <= 3, seed
-        checked += 1
-    assert checked == 40
+    assert 1 <= plain <= 15
+
+
+def _is_plain(path):
+    ds = dcmread(path, stop_before_pixels=True)
+    return "WindowCenter" not in ds and "VOILUTSequence" not in ds
 
 
 def test_mimic_trees_have_the_published_names(mimic):
