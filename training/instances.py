@@ -74,7 +74,7 @@ def sample_visit(seed: int) -> Visit:
 def make_instance(pixels: NDArray[np.uint8], visit: Visit, view: str, number: int = 1, digital: bool = False) -> bytes:
     """A DICOM file that displays as `pixels` (uint8 [height, width], white is dense), to about 2 grey levels.
 
-    One in seven carries neither window nor VOI LUT: readers stretch those to their own percentiles, up to 12 % brighter.
+    One in seven carries neither window nor VOI LUT: readers stretch those to their percentiles, up to 12 % brighter.
     `digital` forces a DX image with every tag present; otherwise the header is sampled as real ones are.
     """
     rng = np.random.default_rng([5, visit.seed, number])
