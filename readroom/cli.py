@@ -126,7 +126,7 @@ def main() -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True,
               help="Folder for the sample inputs, the store and the contact sheet.")  # fmt: skip
 @click.option("--studies", default=12, show_default=True, help="Phantom studies in the sample PACS export.")
-@click.option("--scenes", default=12, show_default=True, help="Pictures in the sample COCO folder.")
+@click.option("--scenes", default=9, show_default=True, help="Pictures in the sample COCO folder.")
 @click.option("--seed", default=2026, show_default=True, help="Seed of the samples.")
 def demo(output: Path, studies: int, scenes: int, seed: int) -> None:
     """The whole loop on sample data: no network, no GPU, about a minute.

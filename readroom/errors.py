@@ -14,7 +14,8 @@
     ├── BrokerError             Redis/Valkey does not answer or refuses
     └── EngineError             a model run went wrong
         ├── OutOfMemory         the batch was too large for the device
-        └── DeviceBroken        the device is lost; only a new process helps
+        ├── DeviceBroken        the device is lost; only a new process helps
+        └── LossNotFinite       training went astray
 
 Foreign errors are translated at the edge where they appear. No text of these errors may hold a path, a name, an
 identifier or any other value that came out of a patient's file: they travel to logs.
@@ -100,3 +101,7 @@ class OutOfMemory(EngineError):
 
 class DeviceBroken(EngineError):
     """The device is in a state that only a new process can leave."""
+
+
+class LossNotFinite(EngineError):
+    """The training loss became infinite or not a number; the run stops and publishes nothing."""

@@ -32,7 +32,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedTok
 from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import write_manifest
-from readroom.errors import EngineError
+from readroom.errors import LossNotFinite
 from training import radiographs, scenes
 from training.data import (
     TRAIN_SEED,
@@ -55,10 +55,6 @@ POSITION_STRENGTH = 0.5  # beside embedded patches of unit variance
 WHITENING_FLOOR = 0.02
 WHITENING_SAMPLE = 2000  # pictures
 COMMAND = "python -m training.recipe --config training/configs/bundled_blip.toml --out models/bundled/blip"
-
-
-class LossNotFinite(EngineError):
-    """The training loss became infinite or not a number; the run stops and publishes nothing."""
 
 
 def build_model(model: Config, vocabulary: int) -> BlipForConditionalGeneration:

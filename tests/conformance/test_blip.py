@@ -27,7 +27,6 @@ from models.blip import BlipAnswerer, BlipCaptioner, normalise_pixels, stack_pic
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
-    BUNDLED_DIR,
     CheckpointSource,
     resolve_checkpoint,
     write_manifest,
@@ -156,7 +155,6 @@ def test_a_caption_does_not_depend_on_its_batch(captioner: BlipCaptioner, settin
     check_batches(captioner, settings, distinct=5)
 
 
-@pytest.mark.skipif(not (BUNDLED_DIR / "blip" / "manifest.json").is_file(), reason="not trained yet")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_caption_of_the_bundled_model_does_not_depend_on_its_batch(beams: int) -> None:
     check_batches(as_captioner("bundled"), GenerationSettings(beams, 40, 1), distinct=2)

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 
 from models.base import Answerer, Captioner, run_answerer, run_captioner
-from models.checkpoint import BUNDLED_DIR
 from models.load import load_answerer, load_captioner
 from models.pixels import PROFILES
 from readroom.errors import BadCall
 from readroom.records import GeneratedText, GenerationSettings
 from tests.fakes.small_blip import mixed_images, save_answerer, save_hub_folder
-
-BUNDLED = [
-    pytest.param("bundled", marks=pytest.mark.skipif(not (BUNDLED_DIR / "blip").is_dir(), reason="not made yet"))
-]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return find
 
 
-@pytest.fixture(scope="module", params=["dummy", "small", *BUNDLED])
+@pytest.fixture(scope="module", params=["dummy", "small", "bundled"])
 def captioner(request: pytest.FixtureRequest, place: Callable[[str], str]) -> Captioner:
     return load_captioner(place(request.param), device="cpu")
 

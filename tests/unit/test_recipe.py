@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from readroom.errors import LossNotFinite
 from training import recipe
 from training.data import (
     TEST_SEED,
@@ -110,7 +111,7 @@ def test_same_seed_trains_the_same_weights(config):
 
 def test_run_stops_with_a_named_error_when_the_loss_is_not_finite(config):
     config["optimiser"] |= {"learning_rate": float("inf")}
-    with pytest.raises(recipe.LossNotFinite, match="at step"):
+    with pytest.raises(LossNotFinite, match="at step"):
         recipe.train_captioner(config, io.StringIO())
 
 
