@@ -38,6 +38,9 @@ PORT_TRIES = 5
 PORT_TIMEOUT_S = 1.0
 # Between its start and its first answer a server refuses connections for some milliseconds.
 LISTEN_TIMEOUT_S = 5.0
+# A server that runs and is silent for so long (swapped out, a disk that hangs) is ended before another one starts:
+# two servers must never write one append-only file.
+SILENCE_S = 30.0
 ONCE = Retry(NoBackoff(), 0)
 _started: dict[int, subprocess.Popen[bytes]] = {}  # ours to reap, else they stay zombies
 
@@ -87,18 +90,21 @@ def start_broker(home: Path) -> BrokerHandle:
     """Start the embedded broker, or find the one that runs already; processes that race get the same one."""
     folder = _make_folder(home)
     with _lock_folder(folder):
-        handle = find_broker(home)
-        return handle if handle is not None else _launch_server(folder)
+        handle = find_broker(home, SILENCE_S)
+        if handle is not None:
+            return handle
+        _end_server(folder)
+        return _launch_server(folder)
 
 
-def find_broker(home: Path) -> BrokerHandle | None:
-    """The running embedded broker of this home, or None. A pid file left by a dead one is no broker."""
+def find_broker(home: Path, patience_s: float = LISTEN_TIMEOUT_S) -> BrokerHandle | None:
+    """The running embedded broker of this home; None when there is none, or it is silent for `patience_s`."""
     folder = _broker_folder(home)
     pid, port, password = _read_number(folder / "pid"), _read_number(folder / "port"), _read_text(folder / "password")
-    if not (pid and port and password) or not _is_server(pid):
+    if not (pid and port and password) or not _serves(folder, pid):
         return None
     handle = BrokerHandle(_make_url(port, password), pid, port)
-    return handle if _wait_ready(handle) else None
+    return handle if _wait_ready(handle, patience_s) else None
 
 
 def stop_broker(home: Path) -> bool:
@@ -107,13 +113,17 @@ def stop_broker(home: Path) -> bool:
     if not folder.is_dir():
         return False
     with _lock_folder(folder):
-        pid = _read_number(folder / "pid")
-        if not pid or not _is_server(pid):
-            (folder / "pid").unlink(missing_ok=True)
-            return False
+        return _end_server(folder)
+
+
+def _end_server(folder: Path) -> bool:
+    """End the server of this folder, if one runs, and wait until it has written its file."""
+    pid = _read_number(folder / "pid")
+    is_running = bool(pid) and _serves(folder, pid)
+    if is_running:
         _end_process(pid)
-        (folder / "pid").unlink(missing_ok=True)
-        return True
+    (folder / "pid").unlink(missing_ok=True)
+    return is_running
 
 
 def _launch_server(folder: Path) -> BrokerHandle:
@@ -142,7 +152,7 @@ def _run_server(folder: Path, port: int, password: str) -> BrokerHandle | None:
     _started[process.pid] = process
     _write_private(folder / "pid", str(process.pid))
     handle = BrokerHandle(_make_url(port, password), process.pid, port)
-    if _wait_ready(handle):
+    if _wait_ready(handle, LISTEN_TIMEOUT_S):
         return handle
     process.kill()  # a server that nobody can use must not stay behind
     return None
@@ -162,8 +172,11 @@ def find_binary() -> str:
         raise BrokerError("no Valkey server for this platform", "Set READROOM_BROKER_URL.") from error
 
 
-def _wait_ready(handle: BrokerHandle) -> bool:
-    """Wait until the server answers with our password; False when it died or another server has its port."""
+def _wait_ready(handle: BrokerHandle, patience_s: float) -> bool:
+    """Wait until the server answers with our password; False when it died or another server has its port.
+
+    One that loads its file is waited for; one that says nothing for `patience_s` is not.
+    """
     begin = time.monotonic()
     while _is_server(handle.pid) and time.monotonic() < begin + START_TIMEOUT_S:
         try:
@@ -174,7 +187,7 @@ def _wait_ready(handle: BrokerHandle) -> bool:
         except AuthenticationError:
             return False
         except (RedisError, OSError):
-            if time.monotonic() > begin + LISTEN_TIMEOUT_S:
+            if time.monotonic() > begin + patience_s:
                 return False
         time.sleep(POLL_S)
     return False
@@ -188,6 +201,16 @@ def _end_process(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
             deadline += STOP_TIMEOUT_S
         time.sleep(POLL_S)
+
+
+def _serves(folder: Path, pid: int) -> bool:
+    """Whether `pid` is a Valkey server that writes into this folder: the number may since belong to another one."""
+    if not _is_server(pid):
+        return False
+    try:
+        return Path(os.readlink(f"/proc/{pid}/cwd")) == folder  # noqa: PTH115 - a deleted folder's link leads nowhere
+    except OSError:
+        return not Path("/proc/self/cwd").exists()  # no Linux: its name must do
 
 
 def _is_server(pid: int) -> bool:

@@ -6,7 +6,9 @@ under which process ids stands in `<home>/run/stack.json`; every service writes 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import secrets
 import signal
@@ -14,15 +16,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from readroom.broker import start_broker, stop_broker
 from readroom.errors import BadCall, ReadroomError, SettingsError
+from readroom.log import describe_error
 from readroom.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # A service that dies at once is started again after 1, 2, 4 ... 60 s; after this long alive the count starts anew.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 60.0, 60.0
@@ -42,7 +48,6 @@ class Service:
     restarts: int = 0
     pause_s: float = FIRST_PAUSE_S
     start_at: float = 0.0
-    log: IO[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Start the process in a session of its own, so that a Ctrl-C reaches only the supervisor."""
@@ -81,19 +86,39 @@ class Supervisor:
         self.settings = settings
         self.services = services
         self.stop = threading.Event()
+        self.written: dict[str, Any] = {}
 
     def run(self) -> None:
         """Start everything, watch it, and end it in order: services first, the broker last."""
         try:
             while not self.stop.is_set():
-                if self.settings.broker_url is None:
-                    start_broker(self.settings.home_dir)  # does nothing while it answers
+                self.try_step(self.check_broker)
                 for service in self.services:
-                    service.check()
-                write_state(self.settings, self.services)
+                    self.try_step(service.check)
+                self.try_step(self.write_changes)
                 self.stop.wait(CHECK_INTERVAL_S)
         finally:
             self.end_services()
+
+    def try_step(self, step: Callable[[], object]) -> None:
+        """One step of a round; a full disk or a broker that does not start must not end what still runs."""
+        try:
+            step()
+        except (OSError, ReadroomError) as error:
+            logger.warning("supervisor: %s", describe_error(error))
+            self.stop.wait(FIRST_PAUSE_S)
+
+    def check_broker(self) -> None:
+        """Start the embedded broker again when it is gone."""
+        if self.settings.broker_url is None:
+            start_broker(self.settings.home_dir)  # does nothing while it answers
+
+    def write_changes(self) -> None:
+        """Write the state file when it would say something new."""
+        state = describe_state(self.services)
+        if state != self.written:
+            write_state(self.settings, state)
+            self.written = state
 
     def end_services(self) -> None:
         """Warm shutdown of the services, then the broker, then the state file."""
@@ -113,27 +138,36 @@ def state_path(settings: Settings) -> Path:
     return settings.home_dir / "run" / "stack.json"
 
 
-def write_state(settings: Settings, services: Sequence[Service]) -> None:
-    """Write process ids and restart counts, replacing the file whole."""
-    path = state_path(settings)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+def describe_state(services: Sequence[Service]) -> dict[str, Any]:
+    """The supervisor's process id, and each service with its process id and restarts."""
     rows = [
         {"name": s.name, "pid": s.process.pid if s.process else None, "restarts": s.restarts, "log": str(s.log_path)}
         for s in services
     ]
+    return {"pid": os.getpid(), "services": rows}
+
+
+def write_state(settings: Settings, state: dict[str, Any]) -> None:
+    """Replace the state file whole."""
+    path = state_path(settings)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"pid": os.getpid(), "services": rows}), encoding="utf-8")
+    draft.write_text(json.dumps(state), encoding="utf-8")
     draft.replace(path)
 
 
-def read_state(settings: Settings) -> dict[str, Any] | None:
-    """What the supervisor last wrote, or None when no supervisor is alive."""
+def load_state(settings: Settings) -> dict[str, Any] | None:
+    """What some supervisor last wrote, alive or not; None when there is nothing usable."""
     try:
-        state: dict[str, Any] = json.loads(state_path(settings).read_text(encoding="utf-8"))
-        os.kill(state["pid"], 0)
-    except (OSError, ValueError, KeyError):
+        state = json.loads(state_path(settings).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return state
+    return state if isinstance(state, dict) and {"pid", "services"} <= state.keys() else None
+
+
+def read_state(settings: Settings) -> dict[str, Any] | None:
+    """What the living supervisor last wrote; None when no supervisor is alive."""
+    state = load_state(settings)
+    return state if state and is_ours(state["pid"]) else None
 
 
 def list_services(settings: Settings, workers: int, queue: str, flower: bool) -> list[Service]:
@@ -149,17 +183,30 @@ def list_services(settings: Settings, workers: int, queue: str, flower: bool) ->
 
 
 def run_stack(settings: Settings, workers: int, queue: str, flower: bool) -> None:
-    """Be the supervisor until SIGTERM or Ctrl-C."""
-    if read_state(settings) is not None:
-        raise BadCall("a stack is already up under this home", "`readroom down` ends it.")
-    supervisor = Supervisor(settings, list_services(settings, workers, queue, flower))
+    """Be the supervisor until SIGTERM or Ctrl-C. Raises BadCall when another one is at work under this home."""
+    with hold_stack(settings):
+        end_orphans(settings)
+        supervisor = Supervisor(settings, list_services(settings, workers, queue, flower))
 
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        supervisor.stop.set()
+        def end(_signal: int, _frame: FrameType | None) -> None:
+            supervisor.stop.set()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
-    supervisor.run()
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        supervisor.run()
+
+
+@contextmanager
+def hold_stack(settings: Settings) -> Iterator[None]:
+    """One supervisor for each home: the lock goes with its process, whatever ends it."""
+    folder = state_path(settings).parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadCall("a stack is already up under this home", "`readroom down` ends it.") from None
+        yield
 
 
 def launch_stack(settings: Settings, workers: int, queue: str, flower: bool, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -167,8 +214,8 @@ def launch_stack(settings: Settings, workers: int, queue: str, flower: bool, tim
 
     Raises BadCall when a stack is up already, ReadroomError when the supervisor ends or does not come up in time.
     """
-    if read_state(settings) is not None:
-        raise BadCall("a stack is already up under this home", "`readroom down` ends it.")
+    with hold_stack(settings):
+        end_orphans(settings)  # their state file must not be taken for the new supervisor's
     log_path = settings.home_dir / "logs" / "stack.log"
     log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     options = ["--workers", str(workers), "--queue", queue, "--flower" if flower else "--no-flower"]
@@ -211,24 +258,32 @@ def end_stack(settings: Settings, timeout_s: float = STOP_TIMEOUT_S + 10) -> boo
 
 
 def end_orphans(settings: Settings) -> bool:
-    """SIGTERM the services named in the state file of a supervisor that is no more; True when there were any."""
-    try:
-        state = json.loads(state_path(settings).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """SIGTERM the services that a killed supervisor left behind; True when there were any."""
+    state = load_state(settings)
+    if state is None:
         return False
-    alive = [service["pid"] for service in state["services"] if service["pid"] and is_service(service["pid"])]
+    alive = [service["pid"] for service in state["services"] if service["pid"] and is_ours(service["pid"])]
     for pid in alive:
         os.kill(pid, signal.SIGTERM)
     state_path(settings).unlink(missing_ok=True)
     return bool(alive)
 
 
-def is_service(pid: int) -> bool:
-    """Whether a process id still belongs to one of our services (ids are reused after a reboot)."""
+def is_ours(pid: int) -> bool:
+    """Whether a process id still belongs to a process of this command (ids are given out again after a reboot)."""
     try:
         return b"readroom.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
+        return not Path("/proc/self").exists() and is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process has this id, where there is no /proc to say whose it is."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
         return False
+    return True
 
 
 def flower_password(settings: Settings) -> str:
@@ -238,9 +293,21 @@ def flower_password(settings: Settings) -> str:
     path = settings.home_dir / "flower-password"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(18))
+        write_once(path, secrets.token_urlsafe(18))
     return path.read_text(encoding="utf-8").strip()
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file for its owner's eyes, whole, unless another process was first."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
 
 
 def run_flower(settings: Settings) -> None:

@@ -104,7 +104,7 @@ def test_a_port_taken_by_somebody_else_is_given_up(home: Path) -> None:
 
 def test_a_server_that_does_not_answer_is_not_left_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[int] = []
-    monkeypatch.setattr(broker, "_wait_ready", lambda handle: launched.append(handle.pid))
+    monkeypatch.setattr(broker, "_wait_ready", lambda handle, patience_s: launched.append(handle.pid))
 
     with pytest.raises(BrokerError, match="does not start"):
         broker.start_broker(home)
@@ -112,6 +112,31 @@ def test_a_server_that_does_not_answer_is_not_left_behind(home: Path, monkeypatc
 
     assert len(launched) == broker.PORT_TRIES
     wait_until(lambda: not any(broker._is_server(pid) for pid in launched), "the end of all servers")
+
+
+def test_a_silent_server_ends_before_another_one_writes_its_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "SILENCE_S", 0.3)
+    monkeypatch.setattr(broker, "STOP_TIMEOUT_S", 0.3)
+    silent = broker.start_broker(home)
+    os.kill(silent.pid, signal.SIGSTOP)
+
+    after = broker.start_broker(home)
+
+    assert after.pid != silent.pid
+    assert not broker._is_server(silent.pid)
+    assert after.port == silent.port
+
+
+def test_the_broker_of_another_home_is_not_stopped(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    handle = broker.start_broker(other)
+    (home / "broker").mkdir()
+    (home / "broker" / "pid").write_text(str(handle.pid))
+    try:
+        assert not broker.stop_broker(home)
+        assert broker.find_broker(other) == handle
+    finally:
+        broker.stop_broker(other)
 
 
 def test_a_broker_that_must_not_be_started_is_reported_missing(home: Path) -> None:
