@@ -192,7 +192,7 @@ def open_stack(home, images):  # type: ignore[no-untyped-def]
     store = open_store(store_url(settings))
     app = make_celery(settings, start_broker(home).url)
     plan = plan_submission(settings, store, Intake("images", images, Priority.BULK))
-    found = [item for item in scan_images(images) if isinstance(item, FoundImage)]
+    found = [item for item in scan_images(images, settings) if isinstance(item, FoundImage)]
     hashed = [replace(image, ref=replace(image.ref, digest=f"{n:064x}")) for n, image in enumerate(found)]
     return settings, store, app, plan, hashed
 
