@@ -15,7 +15,7 @@ from typing import TextIO
 
 from readroom.errors import ReadroomError
 
-QUOTING_LOGGERS = ("pydicom", "PIL", "highdicom", "sqlalchemy.engine", "asyncio")
+QUOTING_LOGGERS = ("pydicom", "PIL", "highdicom", "sqlalchemy.engine", "sqlalchemy.pool", "asyncio")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
