@@ -72,6 +72,7 @@ def submit_intake(
     """Scan, commit the rows, publish the ids."""
     from producer.enqueue import enqueue
     from readroom.broker import broker_url
+    from readroom.messages import queue_names
     from readroom.transport import make_celery, publish, queue_depths
 
     plan = plan_submission(settings, store, intake)
@@ -81,7 +82,8 @@ def submit_intake(
         return publish(app, kind, priority, ids, settings.ids_per_message)
 
     def measure_depth() -> int:
-        return sum(queue_depths(app).values())
+        # Only the queues that this submission fills: an urgent one must not wait for a backlog of the bulk queue.
+        return sum(queue_depths(app, queue_names(plan.kinds, [plan.priority])).values())
 
     return enqueue(
         settings,

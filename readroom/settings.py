@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     publish_grace_s: float = Field(
         60.0, gt=0, description="Age at which a queued job that no message holds is published again, seconds."
     )
-    max_queue_depth: int = Field(20_000, ge=1, description="Messages on the queues at which producers pause.")
+    max_queue_depth: int = Field(20_000, ge=1, description="Messages on a queue at which its producers pause.")
     visibility_timeout_s: int = Field(3600, ge=5, description="Age at which Redis gives a message out again, seconds.")
 
     max_file_mb: int = Field(512, ge=1, description="Largest image file, MiB.")
