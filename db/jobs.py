@@ -103,11 +103,15 @@ def change_jobs(connection: Connection, conditions: Collection[ColumnElement[boo
 
 
 def find_attempts(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
-    """How often each of these jobs was started before; jobs that are not queued are left out."""
+    """How many attempts of each of these jobs are unanswered (see ClaimedJob); those that are not queued are left out.
+
+    A job that is tried again keeps the reason of its last outcome until it succeeds or an attempt ends without one.
+    """
+    columns = (jobs.c.id, jobs.c.attempt, jobs.c.reason)
     with store.read() as connection:
-        parts = (select(jobs.c.id, jobs.c.attempt).where(among(jobs.c.id, part)) for part in slice_ids(job_ids))
+        parts = (select(*columns).where(among(jobs.c.id, part)) for part in slice_ids(job_ids))
         rows = [row for part in parts for row in connection.execute(part.where(still_is(JobState.QUEUED)))]
-    return {row.id: row.attempt for row in rows}
+    return {row.id: 0 if row.reason else row.attempt for row in rows}
 
 
 def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> list[ClaimedJob]:
@@ -174,14 +178,15 @@ def return_expired(store: Store, max_attempts: int) -> tuple[list[int], list[int
             connection, ids, JobState.RUNNING, JobState.FAILED, spent, **UNLEASED, **death, finished_at=moment
         )
         rest = set(ids).difference(failed)
-        queued = move_jobs(connection, rest, JobState.RUNNING, JobState.QUEUED, **BACK_IN_QUEUE, queued_at=moment)
+        back = BACK_IN_QUEUE | {"reason": None, "detail": None, "queued_at": moment}
+        queued = move_jobs(connection, rest, JobState.RUNNING, JobState.QUEUED, **back)
     return queued, failed
 
 
 def unpublished_jobs(
-    store: Store, kinds: Collection[str], grace_s: float, limit: int
+    store: Store, kinds: Collection[str], grace_s: float, limit: int, priorities: Sequence[Priority] = URGENCY
 ) -> list[tuple[int, JobKind, Priority]]:
-    """Queued jobs that no message is known to hold since `grace_s` seconds, most urgent first, then oldest first."""
+    """Queued jobs that no message is known to hold since `grace_s` seconds, by `priorities`, then oldest first."""
     moment = now()
     lone = (
         state_is(JobState.QUEUED),
@@ -192,7 +197,7 @@ def unpublished_jobs(
     found: list[tuple[int, JobKind, Priority]] = []
     with store.read() as connection:
         # One kind and priority at a time: the index then gives the first rows without sorting all of them.
-        for priority in URGENCY:
+        for priority in priorities:
             some: list[tuple[int, JobKind, Priority]] = []
             for kind in kinds:
                 oldest = select(jobs.c.id).where(*lone, jobs.c.kind == kind, jobs.c.priority == priority)
@@ -210,15 +215,29 @@ def mark_published(store: Store, job_ids: Sequence[int]) -> int:
         return sum(len(change_jobs(connection, part, published_at=moment)) for part in parts)
 
 
+def first_published(store: Store, job_ids: Sequence[int], kind: str, priority: str) -> float | None:
+    """When the first of those of these jobs that still wait with this kind and priority was published."""
+    waiting = (still_is(JobState.QUEUED), jobs.c.kind == kind, jobs.c.priority == priority)
+    first = select(func.min(jobs.c.published_at)).where(*waiting)
+    with store.read() as connection:
+        moments = [connection.scalar(first.where(among(jobs.c.id, part))) for part in slice_ids(job_ids)]
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
 def forget_published(
     store: Store,
     kinds: Collection[str],
     older_than_s: float,
     limit: int = 10_000,
     priorities: Collection[str] = URGENCY,
+    moment: float | None = None,
 ) -> int:
-    """Take the messages of jobs that wait for longer than `older_than_s` for lost; how many (`limit` at most)."""
-    old = (state_is(JobState.QUEUED), jobs.c.kind.in_(kinds), jobs.c.published_at < now() - older_than_s)
+    """Take messages sent more than `older_than_s` before `moment` (default: now) for lost, if their jobs still wait.
+
+    Returns how many jobs these are, `limit` at most.
+    """
+    before = (now() if moment is None else moment) - older_than_s
+    old = (state_is(JobState.QUEUED), jobs.c.kind.in_(kinds), jobs.c.published_at < before)
     chosen = select(jobs.c.id).where(*old, jobs.c.priority.in_(priorities))
     lost = chosen.order_by(jobs.c.published_at, jobs.c.id).limit(limit)
     with store.begin() as connection:
@@ -296,7 +315,7 @@ def _held_by(owner: str) -> tuple[ColumnElement[bool], ...]:
 
 def _load_claimed(connection: Connection, job_ids: Sequence[int]) -> list[ClaimedJob]:
     asked = (jobs.c.captioner, jobs.c.checkpoint, jobs.c.settings, jobs.c.question)
-    columns = (jobs.c.id, jobs.c.kind, jobs.c.priority, jobs.c.attempt, *asked)
+    columns = (jobs.c.id, jobs.c.kind, jobs.c.priority, jobs.c.attempt, jobs.c.reason, *asked)
     picture = (images.c.path, images.c.member, images.c.digest, images.c.frame)
     joined: Select[Any] = select(*columns, *picture).join_from(jobs, images)
     rows = connection.execute(joined.where(among(jobs.c.id, job_ids)).order_by(jobs.c.id))
@@ -307,7 +326,7 @@ def _read_claimed(row: Row[Any]) -> ClaimedJob:
     image = ImageRef(row.path, row.digest, row.frame, row.member)
     settings = GenerationSettings(**row.settings)
     names = (row.captioner, row.checkpoint, settings, row.question, Priority(row.priority))
-    return ClaimedJob(row.id, JobKind(row.kind), image, *names, row.attempt)
+    return ClaimedJob(row.id, JobKind(row.kind), image, *names, row.attempt, 0 if row.reason else row.attempt - 1)
 
 
 def _load_held(connection: Connection, job_ids: Collection[int], owner: str) -> dict[int, Row[Any]]:

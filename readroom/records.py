@@ -138,7 +138,10 @@ class JobRequest:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job a worker holds a lease on, with what it needs to run it."""
+    """A job a worker holds a lease on, with what it needs to run it.
+
+    `unanswered`: how many attempts before this one may have ended with their worker; 0 when the last had an outcome.
+    """
 
     id: int
     kind: JobKind
@@ -149,6 +152,7 @@ class ClaimedJob:
     question: str
     priority: Priority
     attempt: int
+    unanswered: int = 0
 
 
 @dataclass(frozen=True, slots=True)

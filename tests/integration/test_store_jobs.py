@@ -12,6 +12,7 @@ from db.jobs import (
     claim_jobs,
     drop_failures,
     find_attempts,
+    first_published,
     forget_published,
     get_failure,
     has_work,
@@ -140,6 +141,20 @@ def test_attempts_are_known_before_a_claim(store: Store) -> None:
     set_columns(store, ids[:1], lease_until=now() - 1)
     return_expired(store, 3)
     assert find_attempts(store, [*ids, 10**15]) == {ids[0]: 1, ids[2]: 0}
+
+
+def test_an_attempt_that_had_an_outcome_is_not_counted_as_unanswered(store: Store) -> None:
+    (job,) = add_jobs(store, 1)
+    claim_jobs(store, [job], "w", 60)
+    write_outcomes(store, [Outcome(job, 1, "dummy:", reason=Reason.MISSING, retry=True)], "w", 3)
+    assert find_attempts(store, [job]) == {job: 0}
+
+    (again,) = claim_jobs(store, [job], "w", -1)
+    assert (again.attempt, again.unanswered) == (2, 0)
+    return_expired(store, 3)
+    assert find_attempts(store, [job]) == {job: 2}
+    (last,) = claim_jobs(store, [job], "w", 60)
+    assert (last.attempt, last.unanswered) == (3, 2)
 
 
 def test_thousands_of_ids_fit_into_one_claim(store: Store) -> None:
@@ -306,6 +321,21 @@ def test_a_published_job_is_unpublished_again_when_its_message_is_taken_for_lost
     assert forget_published(store, CAPTION, 60, limit=2) == 2
     assert forget_published(store, CAPTION, 60) == 1
     assert [job for job, _, _ in unpublished_jobs(store, CAPTION, 0, 100)] == ids[:3]
+
+
+def test_messages_older_than_the_oldest_that_waits_are_forgotten(store: Store) -> None:
+    lost, waiting, other = (add_jobs(store, 2, start=start) for start in (0, 10, 20))
+    set_columns(store, lost, published_at=100.0)
+    set_columns(store, waiting, published_at=200.0)
+    set_columns(store, other, published_at=50.0, priority=Priority.STAT)
+
+    first = first_published(store, [*waiting, *other, 10**15], JobKind.CAPTION, Priority.ROUTINE)
+    assert first == 200.0
+    assert first_published(store, [10**15], JobKind.CAPTION, Priority.ROUTINE) is None
+    assert forget_published(store, CAPTION, 100, priorities=[Priority.ROUTINE], moment=first) == 0
+    assert forget_published(store, CAPTION, 99, priorities=[Priority.ROUTINE], moment=first) == 2
+    assert [job for job, _, _ in unpublished_jobs(store, CAPTION, 0, 100)] == lost
+    assert unpublished_jobs(store, CAPTION, 0, 100, [Priority.STAT]) == []
 
 
 def test_work_left_and_the_age_of_the_oldest_are_told_by_kind(store: Store) -> None:
