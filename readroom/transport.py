@@ -6,6 +6,8 @@ docs/decisions/ says why each option is as it is; the figures were measured with
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,8 +20,8 @@ from kombu.exceptions import KombuError
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
-from readroom.errors import BrokerError
-from readroom.messages import JobMessage, pack_messages, queue_name, queue_names
+from readroom.errors import BadCall, BrokerError
+from readroom.messages import JobMessage, pack_messages, parse_payload, queue_name, queue_names
 from readroom.records import JobKind, Priority
 from readroom.settings import Settings
 
@@ -151,6 +153,16 @@ def queue_depths(source: Celery | str, queues: Sequence[str] | None = None) -> d
         return dict(zip(names, pipe.execute(), strict=True))
 
 
+def peek_jobs(source: Celery | str, queue: str, messages: int) -> list[int]:
+    """Job ids of the `messages` that are taken next from a queue; what is no message of ours is passed over.
+
+    kombu puts messages in on the left and takes them out on the right; one that is given back returns to the right.
+    """
+    with broker_errors():
+        texts = redis_client(source).lrange(queue, -messages, -1)
+    return [job_id for text in texts for job_id in _read_job_ids(text)]
+
+
 def redis_client(source: Celery | str) -> Redis:
     """A client for the broker's own keys; one per URL and process. Use it inside `broker_errors()`."""
     return _connect(source if isinstance(source, str) else str(source.conf.broker_url))
@@ -162,6 +174,12 @@ def check_broker(source: Celery | str) -> None:
         redis_client(source).ping()
 
 
+def ping_workers(app: Celery, timeout_s: float = 1.0) -> int:
+    """How many workers answer within `timeout_s`. Raises BrokerError."""
+    with broker_errors():
+        return len(app.control.ping(timeout=timeout_s) or [])
+
+
 @contextmanager
 def broker_errors() -> Iterator[None]:
     """Turn errors of kombu, redis and sockets into BrokerError, without their texts (they may quote the URL)."""
@@ -170,6 +188,8 @@ def broker_errors() -> Iterator[None]:
     except AuthenticationError as error:
         raise BrokerError("the broker refuses the password", "Check READROOM_BROKER_URL.") from error
     except (KombuError, RedisError, OSError) as error:
+        if _innermost_name(error) == AuthenticationError.__name__:  # kombu wraps it
+            raise BrokerError("the broker refuses the password", "Check READROOM_BROKER_URL.") from error
         raise BrokerError(f"the broker does not answer ({_innermost_name(error)})", "Is Valkey running?") from error
 
 
@@ -188,11 +208,20 @@ def _send_message(app: Celery, producer: Any, message: JobMessage, queue: str) -
     app.amqp.send_task_message(producer, name, task, queue=queue)
 
 
+def _read_job_ids(text: str | bytes) -> tuple[int, ...]:
+    try:
+        arguments, *_ = json.loads(base64.b64decode(json.loads(text)["body"]))
+        return parse_payload(arguments[0]).job_ids
+    except (BadCall, ValueError, TypeError, LookupError, RecursionError):
+        return ()
+
+
 @lru_cache(maxsize=8)
 def _connect(url: str) -> Redis:
     return Redis.from_url(
         url,
         decode_responses=True,
+        encoding_errors="replace",  # anybody with the password may have put anything there
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         client_name=APP_NAME,

@@ -4,8 +4,8 @@
     a worker died with jobs in hand            their lease ended                          queued again, or failed
     a row was committed and never published    queued, no message for a moment            published
     a message was lost, or a worker died       queued and published long ago, and its     published again
-      before it claimed its jobs                 queue is empty
-    Redis was emptied                          our marker is gone and nothing waits       published again at once
+      before it claimed its jobs                 queue is empty or holds younger ones
+    Redis was emptied                          our marker is gone                         all published again at once
 
 The rows are the truth. Every step only names rows in the state it expects, and a message too many is harmless, so any
 number of workers may run this; a lock in Redis merely keeps them from publishing the same jobs side by side.
@@ -21,23 +21,27 @@ from dataclasses import dataclass
 
 from celery import Celery
 
-from db.jobs import forget_published, mark_published, return_expired, unpublished_jobs
-from db.session import Store
+from db.jobs import first_published, forget_published, mark_published, return_expired, unpublished_jobs
+from db.session import Store, now
 from readroom.messages import queue_name, queue_names
+from readroom.records import Priority
 from readroom.settings import Settings
-from readroom.transport import PRIORITIES, broker_errors, publish, queue_depths, redis_client
+from readroom.transport import PRIORITIES, broker_errors, peek_jobs, publish, queue_depths, redis_client
 
 logger = logging.getLogger(__name__)
 
-EPOCH_KEY = "readroom:epoch"
+EPOCH_KEY = "readroom:epoch:"  # and the kind of jobs whose rows were compared with this Redis
 TURN_KEY = "readroom:rescue"
-UNACKED_KEY = "unacked"  # kombu's hash of messages that some worker holds
 # A rescuer that is killed keeps its turn this long; the turn is extended with each step of a long round.
 TURN_SECONDS = 5
 # A producer publishes right after it commits; a row is not called unpublished before this age.
 PUBLISH_MOMENT_S = 2.0
 PUBLISH_STEP = 2_000
 FORGET_STEP = 10_000
+# A message that was given back stands first, though its jobs may be published anew: the oldest of several counts.
+PEEK_MESSAGES = 100
+# Ids published on each queue in each round, however full it is: repair does not wait for producers to make room.
+LEAST_ROOM = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,55 +84,62 @@ class Rescuer:
         return repair
 
     def _forget_lost(self) -> int:
-        """Take messages for lost; an empty queue cannot hold those of jobs that wait for long."""
-        depths = queue_depths(self.app, self.queues)
-        age_s = 0.0 if self._was_emptied(depths) else self.settings.publish_grace_s
-        forgotten = 0
-        for kind in self.kinds:
-            empty = [priority for priority in PRIORITIES if not depths[queue_name(kind, priority)]]
-            forgotten += self._forget_jobs(kind, age_s, empty)
-        return forgotten
+        """Take messages for lost; how many jobs they held."""
+        return sum(self._compare_kind(kind) for kind in self.kinds)
 
-    def _was_emptied(self, depths: dict[str, int]) -> bool:
-        """Whether Redis forgot everything: it has no marker of ours, no message waits, and no worker holds one."""
+    def _compare_kind(self, kind: str) -> int:
+        moment = now()
         with broker_errors():
             client = redis_client(self.app)
-            is_new = bool(client.set(EPOCH_KEY, self._token, nx=True))
-            return is_new and not any(depths.values()) and not client.hlen(UNACKED_KEY)
+            is_known = bool(client.exists(EPOCH_KEY + kind))
+        if is_known:
+            return sum(self._forget_older(kind, priority) for priority in PRIORITIES)
+        # Redis was emptied, or nobody ever looked. What was published since may be there: a second message is harmless.
+        forgotten = self._forget_jobs(kind, PRIORITIES, 0.0, moment)
+        with broker_errors():
+            client.set(EPOCH_KEY + kind, self._token)  # last: a round that is cut short is done again
+        return forgotten
 
-    def _forget_jobs(self, kind: str, age_s: float, priorities: Sequence[str]) -> int:
+    def _forget_older(self, kind: str, priority: str) -> int:
+        """Forget messages that cannot be on their queue: it is empty, or what is taken next was published later."""
+        queue = queue_name(kind, priority)
+        moment: float | None = now()
+        if queue_depths(self.app, [queue])[queue]:
+            moment = first_published(self.store, peek_jobs(self.app, queue, PEEK_MESSAGES), kind, priority)
+        return 0 if moment is None else self._forget_jobs(kind, [priority], self.settings.publish_grace_s, moment)
+
+    def _forget_jobs(self, kind: str, priorities: Sequence[str], age_s: float, moment: float) -> int:
         forgotten = 0
-        most = self.settings.max_queue_depth * self.settings.ids_per_message
-        while priorities and forgotten < most:
-            count = forget_published(self.store, [kind], age_s, FORGET_STEP, priorities)
+        while count := forget_published(self.store, [kind], age_s, FORGET_STEP, priorities, moment):
             forgotten += count
-            if count < FORGET_STEP:
-                break
+            self._extend_turn()
         return forgotten
 
     def _publish_waiting(self) -> int:
-        """Publish jobs that no message holds, most urgent first, as long as the queues are not full."""
-        waiting = sum(queue_depths(self.app, self.queues).values())
-        room = (self.settings.max_queue_depth - waiting) * self.settings.ids_per_message
+        """Publish jobs that no message holds, most urgent first; each queue is filled as far as producers fill it."""
+        depths = queue_depths(self.app, self.queues)
         published = 0
-        while published < room:
-            moment_s = min(PUBLISH_MOMENT_S, self.settings.publish_grace_s)
-            found = unpublished_jobs(self.store, self.kinds, moment_s, min(PUBLISH_STEP, room - published))
-            if not found:
-                break
-            self._publish_jobs(found)
-            published += len(found)
-            self._extend_turn()
+        for priority in PRIORITIES:
+            for kind in self.kinds:
+                free = self.settings.max_queue_depth - depths[queue_name(kind, priority)]
+                published += self._fill_queue(kind, priority, max(LEAST_ROOM, free * self.settings.ids_per_message))
         return published
 
-    def _publish_jobs(self, found: Sequence[tuple[int, str, str]]) -> None:
-        groups: dict[tuple[str, str], list[int]] = {}
-        for job_id, kind, priority in found:
-            groups.setdefault((kind, priority), []).append(job_id)
-        for (kind, priority), job_ids in groups.items():
+    def _fill_queue(self, kind: str, priority: str, room: int) -> int:
+        published = 0
+        moment_s = min(PUBLISH_MOMENT_S, self.settings.publish_grace_s)
+        while published < room:
+            step = min(PUBLISH_STEP, room - published)
+            found = unpublished_jobs(self.store, [kind], moment_s, step, [Priority(priority)])
+            if not found:
+                break
+            job_ids = [job_id for job_id, _, _ in found]
             # Published, then noted: a crash in between sends a message twice, the other order would lose one.
             publish(self.app, kind, priority, job_ids, self.settings.ids_per_message)
             mark_published(self.store, job_ids)
+            published += len(found)
+            self._extend_turn()
+        return published
 
     @contextmanager
     def _take_turn(self) -> Iterator[bool]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from db.jobs import claim_jobs
+from db.jobs import claim_jobs, mark_published
+from readroom.errors import StoreUnavailable
 from readroom.records import Priority, Reason
 from readroom.transport import queue_depths, redis_client, task_name
 from tests.fakes.plant import Plant, wait_until
@@ -273,24 +274,66 @@ def test_lost_messages_are_published_again_when_their_queue_is_empty(plant: Plan
 
 
 def test_messages_that_wait_on_their_queue_are_not_published_again(plant: Plant, rescuer: Rescuer) -> None:
+    rescuer.run_once()
     ids = plant.enqueue(range(1, 9))
 
     assert rescuer.run_once() == Repair()
     assert list_published(plant) == ids
 
 
-def test_an_emptied_redis_is_filled_again_at_once(plant: Plant) -> None:
-    rescuer = Rescuer(plant.store, plant.app, ("caption",), plant.settings.model_copy(update={"publish_grace_s": 600}))
-    ids = plant.enqueue(range(1, 9))
+def test_lost_messages_are_published_again_while_their_queue_holds_younger_ones(plant: Plant, rescuer: Rescuer) -> None:
     rescuer.run_once()
+    lost = plant.enqueue(range(1, 9))
+    redis_client(plant.app).delete("caption.bulk")
+    younger = plant.enqueue(range(9, 13))
+    odd = ["{", "[]", '{"body": 1}', '{"body": "e30="}', "\udcff"]
+    redis_client(plant.app).rpush("caption.bulk", *(text.encode(errors="surrogateescape") for text in odd))
+
+    assert rescuer.run_once() == Repair(forgotten=8, published=8)
+    redis_client(plant.app).rpop("caption.bulk", len(odd))
+    assert list_published(plant) == lost + younger
+
+
+def test_a_message_given_back_does_not_make_those_behind_it_look_lost(plant: Plant, rescuer: Rescuer) -> None:
+    rescuer.run_once()
+    returned, behind = plant.enqueue(range(1, 5)), plant.enqueue(range(5, 9))
+    mark_published(plant.store, returned)  # published anew while the old message came back to the head
+
+    assert rescuer.run_once() == Repair()
+    assert list_published(plant) == returned + behind
+
+
+@pytest.mark.parametrize("since", ["nothing", "one message more"])
+def test_an_emptied_redis_is_filled_again_at_once(plant: Plant, since: str) -> None:
+    rescuer = Rescuer(plant.store, plant.app, ("caption",), plant.settings.model_copy(update={"publish_grace_s": 600}))
+    rescuer.run_once()
+    ids = plant.enqueue(range(1, 9))
     redis_client(plant.app).flushall()
+    if since == "one message more":
+        ids += plant.enqueue(range(9, 10))
 
     rounds = [rescuer.run_once()]
     # Fresh rows are left to their producer for a moment, which may be over in the first round or in a later one.
-    wait_until(lambda: rounds.append(rescuer.run_once()) or list_published(plant) == ids, "the messages")
+    wait_until(lambda: rounds.append(rescuer.run_once()) or set(list_published(plant)) == set(ids), "the messages")
 
-    assert rounds[0].forgotten == 8
-    assert sum(repair.published for repair in rounds) == 8
+    assert rounds[0].forgotten == len(ids)
+    assert sum(repair.published for repair in rounds) == len(ids)
+
+
+def test_an_emptied_redis_is_seen_again_when_the_repair_was_cut_short(
+    plant: Plant, rescuer: Rescuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant.enqueue(range(1, 9))
+    redis_client(plant.app).flushall()
+    with monkeypatch.context() as patch, pytest.raises(StoreUnavailable):
+        patch.setattr("worker.rescue.forget_published", raise_unavailable)
+        rescuer.run_once()
+
+    assert rescuer.run_once() == Repair(forgotten=8, published=8)
+
+
+def raise_unavailable(*_arguments: Any) -> int:
+    raise StoreUnavailable("away")
 
 
 def test_a_job_whose_lease_ended_is_queued_again_or_failed(plant: Plant, rescuer: Rescuer) -> None:
@@ -304,11 +347,23 @@ def test_a_job_whose_lease_ended_is_queued_again_or_failed(plant: Plant, rescuer
     assert [row.state for row in plant.fetch_jobs(ids)] == ["failed", "queued"]
 
 
-def test_rescue_fills_the_queues_no_further_than_producers_do(plant: Plant, rescuer: Rescuer) -> None:
+def test_rescue_fills_a_queue_as_far_as_producers_do_and_a_little_in_any_case(
+    plant: Plant, rescuer: Rescuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.rescue.LEAST_ROOM", 3)
     plant.add_rows(range(1, 101))
 
     assert rescuer.run_once().published == 5 * plant.settings.ids_per_message
-    assert rescuer.run_once().published == 0
+    assert rescuer.run_once().published == 3
+
+
+def test_a_bulk_backlog_does_not_keep_stat_from_being_published(plant: Plant, rescuer: Rescuer) -> None:
+    rescuer.run_once()
+    plant.enqueue(range(1, 101))
+    stat = plant.add_rows(range(200, 210), Priority.STAT)
+
+    assert rescuer.run_once() == Repair(published=10)
+    assert list_published(plant, "caption.stat") == stat
 
 
 def test_two_rescuers_at_once_do_not_publish_side_by_side(plant: Plant, rescuer: Rescuer) -> None:
