@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 
 from db.jobs import mark_published, unpublished_jobs
 from db.session import Store
-from db.submissions import SubmissionPlan, add_images, close_submission, open_submission, tally_submission
+from db.submissions import (
+    SubmissionPlan,
+    SubmissionState,
+    add_images,
+    close_submission,
+    get_submission,
+    open_submission,
+    tally_submission,
+)
 from producer.index import open_temporary
 from producer.pacs import Found, digest_span, skip
 from producer.skipped import SkippedLog, skipped_path
@@ -69,23 +77,39 @@ def enqueue(
     `publish(kind, priority, ids)` sends messages, `depth()` says how many wait; while that is
     `settings.max_queue_depth` or more nothing is added. `progress(event, number)` hears `found` (items so far),
     `waiting` (messages waiting) and `done` (items). Rows outlive a broker that does not answer.
-    Raises StoreError, and BadCall from the source.
+    Raises StoreError, and BadCall from the source or when another process is enqueueing the same plan.
     """
     report = progress or (lambda event, number: None)
     if dry_run:
         return count_dry(found, plan, report)
-    submission = open_submission(store, plan)
-    skipped = SkippedLog(skipped_path(settings.home_dir, submission))
-    desk = Desk(settings, store, plan, submission, publish, depth, report)
-    walked = Walked()
-    for images in list_images(found, skipped, walked, report):
-        desk.wait_for_room()
-        desk.add_list(images)
-    desk.publish_leftovers()
-    counts = count_rows(store, submission, walked, skipped)
-    close_submission(store, submission, counts)
+    submission, skipped = take_submission(settings, store, plan)
+    try:
+        desk = Desk(settings, store, plan, submission, publish, depth, report)
+        walked = Walked()
+        for images in list_images(found, skipped, walked, report):
+            desk.wait_for_room()
+            desk.add_list(images)
+        desk.publish_leftovers()
+        counts = count_rows(store, submission, walked, skipped)
+        close_submission(store, submission, counts)
+        skipped.unlock()
+    except BaseException:
+        skipped.close()
+        raise
     report("done", walked.items)
     return counts
+
+
+def take_submission(settings: Settings, store: Store, plan: SubmissionPlan) -> tuple[str, SkippedLog]:
+    """The submission of this plan, for this process alone while it holds the (empty) list of skipped items."""
+    while True:
+        submission = open_submission(store, plan)
+        skipped = SkippedLog(skipped_path(settings.home_dir, submission))
+        record = get_submission(store, submission)
+        if record is not None and record.state is SubmissionState.ENQUEUING:
+            skipped.clear()
+            return submission, skipped
+        skipped.close()  # the process that held it has just finished the submission: this one is another
 
 
 def list_images(

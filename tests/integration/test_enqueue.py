@@ -18,14 +18,14 @@ from sqlalchemy import select
 
 from db.jobs import unpublished_jobs
 from db.session import Store, open_store, store_url
-from db.submissions import SubmissionPlan, SubmissionState, get_submission, list_submissions
+from db.submissions import SubmissionPlan, SubmissionState, get_submission, list_submissions, open_submission
 from db.tables import images, jobs, studies, submission_jobs
 from producer.coco import read_coco
 from producer.enqueue import cut_length, enqueue
 from producer.images import scan_images
 from producer.pacs import scan_export
-from producer.skipped import read_skipped, skipped_path
-from readroom.errors import BrokerError
+from producer.skipped import SkippedLog, read_skipped, skipped_path
+from readroom.errors import BadCall, BrokerError, SourceError, StoreError
 from readroom.records import GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings, load_settings
 from tests import exports
@@ -329,6 +329,63 @@ def test_a_killed_enqueue_resumes_and_ends_with_the_rows_of_an_uninterrupted_one
     assert texts[0] == texts[1]
     killed_store.close()
     whole_store.close()
+
+
+def test_the_same_source_is_enqueued_by_one_process_at_a_time(
+    settings: Settings, store: Store, queue: Queue, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    exports.build_export(folder)
+    plan = make_plan(str(folder))
+    child = start_child(folder, settings.home_dir, READROOM_TEST_STEP="1", READROOM_TEST_LIST="19")
+    assert child.stdout is not None
+    while not child.stdout.readline().startswith("published"):
+        pass
+    (submission,) = list_submissions(store)
+    before = skipped_path(settings.home_dir, submission.id).read_text()
+    assert before
+    with pytest.raises(BadCall, match="enqueued by another process"):
+        run(settings, store, scan_export(folder, settings), queue, plan)
+    assert skipped_path(settings.home_dir, submission.id).read_text() == before
+    # A killed process holds nothing; the next one begins the list anew.
+    child.kill()
+    child.communicate()
+    counts = run(settings, store, scan_export(folder, settings), queue, plan)
+    assert (counts.submission, counts.queued, len(list(counts.skipped))) == (submission.id, 19, 56)
+    again = run(settings, store, scan_export(folder, settings), queue, plan)
+    assert (again.submission != submission.id, again.already_done) == (True, 19)
+
+
+def test_a_submission_that_ends_while_somebody_waits_for_it_is_not_written_to_again(
+    settings: Settings, store: Store, queue: Queue, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(settings, store, scan_export(export, settings), queue)
+    answers = iter([first.submission])
+    monkeypatch.setattr("producer.enqueue.open_submission", lambda *both: next(answers, None) or open_submission(*both))
+    second = run(settings, store, scan_export(export, settings), queue)
+    assert second.submission != first.submission
+    assert len(list(read_skipped(settings.home_dir, first.submission))) == 56
+
+
+def test_a_failed_enqueue_lets_go_of_its_source(settings: Settings, store: Store, queue: Queue, export: Path) -> None:
+    def found() -> Iterator[Any]:
+        yield SkippedItem("a", "empty")
+        raise SourceError("corrupt")
+
+    with pytest.raises(SourceError) as caught:
+        run(settings, store, found(), queue)
+    assert run(settings, store, scan_export(export, settings), queue).queued == 19
+    assert caught.traceback
+
+
+def test_a_disk_too_full_for_the_skipped_items_is_named() -> None:
+    # Every write to it fails, and only when the buffer is written.
+    skipped = SkippedLog(None)
+    with Path("/dev/full").open("w", encoding="utf-8") as skipped._file:
+        skipped.add(SkippedItem("a", "empty"))
+        with pytest.raises(StoreError, match=r"skipped items cannot be written \(ENOSPC\).*goes on where it stood"):
+            skipped.flush()
+        skipped.close()
 
 
 def test_lists_closed_early_have_few_lengths_and_lose_nothing(
