@@ -55,6 +55,8 @@ class ReadroomCommand(click.Group):
             sys.exit(0)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except OSError as error:  # a full disk, a folder without permission: the machine's fault; no path is printed
+            fail(ReadroomError(f"the system refused: {error.strerror or type(error).__name__}"), ITEMS_FAILED)
         except Exception:  # a bug of ours; Python's own traceback would print texts that may quote patients' files
             logging.getLogger("readroom").exception("a bug in Readroom: please report these lines")
             sys.exit(ITEMS_FAILED)
@@ -99,6 +101,11 @@ def terminal(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def show_name(name: str) -> str:
+    """A file's name for a terminal: characters that would control it are written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
@@ -140,8 +147,11 @@ def demo(output: Path, studies: int, scenes: int, seed: int) -> None:
 
 
 @main.command()
-@click.option("--workers", default=1, show_default=True, help="Worker processes: one for each GPU.")
-@click.option("--queue", default="caption", show_default=True, help="Job kind the workers take.")
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Worker processes: one for each GPU."
+)
+@click.option("--queue", default="caption", show_default=True, type=click.Choice(["caption"]),
+              help="Job kind the workers take.")  # fmt: skip
 @click.option("--flower/--no-flower", default=True, show_default=True, help="Run the queue monitor.")
 @click.option("--foreground", is_flag=True, help="Stay and supervise in this terminal until Ctrl-C.")
 def up(workers: int, queue: str, flower: bool, foreground: bool) -> None:
@@ -154,6 +164,8 @@ def up(workers: int, queue: str, flower: bool, foreground: bool) -> None:
     if foreground:
         stack.run_stack(settings, workers, queue, flower)
         return
+    with opened_store(settings):
+        pass  # a store that does not answer is said here, not in some worker's log
     state = stack.launch_stack(settings, workers, queue, flower)
     for service in state["services"]:
         click.echo(f"{service['name']:<10} process {service['pid']}, log {service['log']}")
@@ -184,7 +196,7 @@ def down() -> None:
 @click.option("--concurrency", type=click.IntRange(1, 256), help="Messages in hand [READROOM_CONCURRENCY].")
 @click.option("--drain", is_flag=True, help="End when the queues are empty.")
 def worker(kinds: tuple[str, ...], concurrency: int | None, drain: bool) -> None:
-    """Run a worker: one process for each GPU, under a supervisor that restarts it.
+    """Run a worker: one process for each GPU. Let a supervisor start it again: `readroom up`, systemd, compose.
 
     \b
     SIGTERM  finishes the batch in hand and gives the rest back at once.
@@ -249,9 +261,9 @@ def enqueue() -> None:
 
     \b
     Exit status 1 when items are damaged or refused (truncated, empty, uid_conflict, unsafe_path, too_large,
-    encrypted, missing, unreadable, corrupt); what is left out by policy (not_dicom, not_image, other_modality,
-    for_processing, secondary_capture, burned_in, not_chest, duplicate) leaves it 0. All of them stand with their
-    reason in <home>/submissions/<id>/skipped.jsonl and in --json.
+    encrypted, missing, unreadable, corrupt, multi_frame); what is left out by policy (not_dicom, not_image,
+    other_modality, for_processing, secondary_capture, burned_in, not_chest, duplicate) leaves it 0. All of them stand
+    with their reason in <home>/submissions/<id>/skipped.jsonl and in --json.
     """
 
 
@@ -359,7 +371,7 @@ def print_counts(settings: Settings, counts: SubmissionCounts, dry_run: bool) ->
         click.echo(f"  {number:>7,}  {reason}")
     damaged = damaged_items(counts.skipped)
     for item in damaged[:NAMED_ITEMS]:
-        click.echo(f"  {item.reason}: {item.item}{f' ({item.detail})' if item.detail else ''}")
+        click.echo(f"  {item.reason}: {show_name(item.item)}{f' ({item.detail})' if item.detail else ''}")
     if counts.skipped and not dry_run:
         click.echo(f"each with its reason: {settings.home_dir / 'submissions' / counts.submission / 'skipped.jsonl'}")
     if counts.queued and not dry_run:
@@ -381,10 +393,10 @@ def status(settings: Settings, store: Store, submission: str | None, watch: bool
     if submission is not None:
         check_submission(store, submission)
     if watch:
-        watch_progress(store, submission)
-    elif as_json:
+        watch_progress(store, submission, quiet=as_json)
+    if as_json:
         print_json(measure_progress(store, submission))
-    else:
+    elif not watch:
         terminal().print(render_progress(measure_progress(store, submission)))
 
 
@@ -396,8 +408,8 @@ def check_submission(store: Store, submission: str) -> None:
         raise BadCall(f"no submission {submission}", "`readroom submissions` lists them.")
 
 
-def watch_progress(store: Store, submission: str | None, interval_s: float = 1.0) -> None:
-    """Show the progress until every job is final."""
+def watch_progress(store: Store, submission: str | None, quiet: bool, interval_s: float = 1.0) -> None:
+    """Show the progress until every job is final; `quiet` only waits."""
     import time
 
     from rich.live import Live
@@ -405,12 +417,13 @@ def watch_progress(store: Store, submission: str | None, interval_s: float = 1.0
     from readroom.overview import is_finished, measure_progress, render_progress
 
     progress, console = measure_progress(store, submission), terminal()
+    console.quiet = quiet
     with Live(render_progress(progress), console=console, refresh_per_second=4) as live:
         while not is_finished(progress):
             time.sleep(interval_s)
             progress = measure_progress(store, submission)
             live.update(render_progress(progress))
-    if not console.is_terminal:
+    if not (console.is_terminal or quiet):
         click.echo()  # there, rich leaves the last line open
 
 
@@ -455,7 +468,7 @@ def results(settings: Settings, store: Store, submission: str, form: str, output
         count = export.write_parquet(records, output)
     else:
         write = export.write_csv if form == "csv" else export.write_jsonl
-        with click.open_file(str(output) if output else "-", "w", encoding="utf-8") as out:
+        with export.open_output(output) as out:
             count = write(records, out)
     click.echo(f"{count:,} results", err=True)
 
@@ -482,12 +495,16 @@ def list_failures(
     """List dead letters."""
     from db.jobs import list_failures as read_failures
 
+    if submission is not None:
+        check_submission(store, submission)
     rows = read_failures(store, submission=submission, reason=reason, limit=limit)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
     for row in rows:
-        click.echo(f"{row.job:>8}  {row.kind:<8} {row.attempt} attempts  {row.reason:<18} {row.item}  {row.detail}")
+        click.echo(
+            f"{row.job:>8}  {row.kind:<8} {row.attempt} attempts  {row.reason:<18} {show_name(row.item)}  {row.detail}"
+        )
     if not rows:
         click.echo("no dead letters")
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from readroom.errors import ReadroomError
-from readroom.settings import Settings
+from readroom.errors import BrokerError, ReadroomError
+from readroom.log import describe_error
+from readroom.settings import Settings, find_dotenv, list_unknown
 
 FREE_DISK_WARNING = 2 * 1024**3  # bytes: SQLite, AOF and spool need room to breathe
 LOOPBACK = {"127.0.0.1", "localhost", "::1", None, ""}
@@ -36,16 +37,33 @@ def examine(settings: Settings) -> list[Finding]:
     for check in CHECKS:
         try:
             findings.extend(check(settings))
-        except ReadroomError as error:
-            findings.append(Finding(check.__name__.removeprefix("check_"), "error", str(error)))
+        except Exception as error:
+            text = str(error) if isinstance(error, ReadroomError) else describe_error(error)
+            findings.append(Finding(check.__name__.removeprefix("check_"), "error", text))
     return findings
+
+
+def check_settings(settings: Settings) -> Iterator[Finding]:
+    """Where settings come from, and variables that mean nothing."""
+    dotenv = find_dotenv()
+    if dotenv is not None:
+        yield Finding("settings", "ok", f"{dotenv} is read")
+    for name in list_unknown():
+        yield Finding("settings", "warning", f"{name} is no setting", "docs/configuration.md lists them.")
 
 
 def check_home(settings: Settings) -> Iterator[Finding]:
     """The home folder: there, writable, closed to others, with room on its disk."""
     home = settings.home_dir
     if not home.exists():
-        yield Finding("home", "note", f"{home} does not exist yet", "The first command that needs it makes it.")
+        parent = next(folder for folder in home.parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            yield Finding("home", "error", f"{home} cannot be made", "Set READROOM_HOME to a folder of yours.")
+        else:
+            yield Finding("home", "note", f"{home} does not exist yet", "The first command that needs it makes it.")
+        return
+    if not home.is_dir():
+        yield Finding("home", "error", f"{home} is no folder", "Set READROOM_HOME to a folder of yours.")
         return
     mode = stat.S_IMODE(home.stat().st_mode)
     if mode & 0o077:
@@ -117,6 +135,27 @@ def check_store(settings: Settings) -> Iterator[Finding]:
         yield Finding("store", "warning", f"the oldest queued job has waited {age / 60:.0f} min", "Is a worker up?")
 
 
+def check_workers(settings: Settings) -> Iterator[Finding]:
+    """Who works: processes of the local stack, and workers that answer on the broker."""
+    from readroom.broker import broker_url
+    from readroom.stack import read_state
+    from readroom.transport import make_celery, ping_workers
+
+    state = read_state(settings)
+    for service in state["services"] if state else ():
+        if service["restarts"]:
+            yield Finding("workers", "warning", f"{service['name']} was started again {service['restarts']} times",
+                          f"Its log: {service['log']}")  # fmt: skip
+    try:
+        answers = ping_workers(make_celery(settings, broker_url(settings, start=False)))
+    except BrokerError:
+        return  # the broker's own check says so
+    if answers:
+        yield Finding("workers", "ok", f"{answers} answer")
+    else:
+        yield Finding("workers", "note", "none answers", "`readroom up`, or `readroom worker` on a GPU machine.")
+
+
 def check_model(settings: Settings) -> Iterator[Finding]:
     """The configured captioner exists and its files are what its manifest says."""
     from models.checkpoint import resolve_checkpoint, verify_folder
@@ -174,5 +213,6 @@ def check_safety(settings: Settings) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    check_home, check_broker, check_store, check_model, check_packages, check_device, check_safety,
+    check_settings, check_home, check_broker, check_store, check_workers, check_model, check_packages, check_device,
+    check_safety,
 )  # fmt: skip

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -26,6 +29,23 @@ def list_columns() -> list[str]:
     from db.results import ResultRecord
 
     return [field.name for field in fields(ResultRecord)]
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+    """Standard output, or a file that only its owner can read: the records name studies. Raises BadCall."""
+    try:
+        if path is None:
+            yield sys.stdout
+            sys.stdout.flush()
+        else:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as out:
+                yield out
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BadCall(f"the output cannot be written ({error.strerror})", "Choose another file with -o.") from None
 
 
 def write_jsonl(records: Iterable[ResultRecord], out: IO[str]) -> int:
@@ -66,7 +86,7 @@ def write_parquet(records: Iterable[ResultRecord], path: Path) -> int:
         raise BadCall("Parquet needs pyarrow", "pip install 'readroom[parquet]', or use --format jsonl.") from None
     schema = parquet_schema(pyarrow)
     count = 0
-    with parquet.ParquetWriter(path, schema) as writer:
+    with open_output(path) as out, parquet.ParquetWriter(out.buffer, schema) as writer:  # type: ignore[attr-defined]
         for rows in group_rows(records):
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
             count += len(rows)

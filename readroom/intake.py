@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from readroom.errors import BadCall
+from readroom.errors import BadCall, SettingsError
 from readroom.records import FoundImage, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings
 
@@ -183,5 +184,10 @@ def damaged_items(skipped: Iterable[SkippedItem]) -> list[SkippedItem]:
 def prepare_home(settings: Settings) -> Path:
     """Make the home folder, closed to other users: store, spool and logs below it hold patients' data."""
     home = settings.home_dir
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(f"READROOM_HOME cannot be made ({error.strerror})", "Name a folder of yours.") from None
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise SettingsError("READROOM_HOME cannot be written", "Name a folder of yours.")
     return home

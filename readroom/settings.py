@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from readroom.errors import SettingsError
 
 PREFIX = "READROOM_"
 SECRET_SETTINGS = ("broker_url", "database_url", "broker_password", "flower_password")
+BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
+DATABASE_SCHEMES = ("postgresql", "postgres", "sqlite")
 MEBIBYTE = 1024 * 1024
 # 32 ids of 10 digits are 384 bytes of JSON, 512 in base64, 352 once more in Celery's description of the arguments;
 # with 0.9 kB of headers a message stays below 2 kB.
@@ -93,6 +96,22 @@ class Settings(BaseSettings):
     flower_password: SecretStr | None = Field(None, description="Password for Flower. Unset: made at the first `up`.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
 
+    @field_validator("broker_url")
+    @classmethod
+    def check_broker_url(cls, value: SecretStr | None) -> SecretStr | None:
+        """Raise ValueError unless it is an address of Redis or Valkey; its text stays out of the message."""
+        if value is not None and not _is_address(value, BROKER_SCHEMES):
+            raise ValueError("an address like redis://:password@host:6379/0 (redis, rediss or redis+socket) is needed")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def check_database_url(cls, value: SecretStr | None) -> SecretStr | None:
+        """Raise ValueError unless it is an address of PostgreSQL or SQLite; its text stays out of the message."""
+        if value is not None and not _is_address(value, DATABASE_SCHEMES, with_path=True):
+            raise ValueError("an address like postgresql://user:password@host/database or sqlite:////path is needed")
+        return value
+
     @property
     def home_dir(self) -> Path:
         """The home with `~` expanded; not created here."""
@@ -102,12 +121,43 @@ class Settings(BaseSettings):
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings from environment, `_FILE` secrets and `.env`; `overrides` win.
 
-    Raises SettingsError naming each wrong variable, never its value.
+    Raises SettingsError naming each wrong variable, never its value; also for a `.env` of another user.
     """
+    _refuse_foreign_dotenv()
     try:
         return Settings(**{**_read_secret_files(), **overrides})
     except ValidationError as error:
         raise SettingsError(_explain(error), "See docs/configuration.md.") from None
+
+
+def list_unknown() -> list[str]:
+    """READROOM_ variables that mean nothing: typing errors, most likely."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known |= {f"{PREFIX}{name.upper()}_FILE" for name in SECRET_SETTINGS}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def find_dotenv() -> Path | None:
+    """The `.env` file that is read, if there is one."""
+    path = Path(str(Settings.model_config.get("env_file") or ""))
+    return path.resolve() if path.is_file() else None
+
+
+def _refuse_foreign_dotenv() -> None:
+    # Whoever works inside a folder that others fill (an export, a medium) must not take its store or broker from it.
+    path = find_dotenv()
+    if path is not None and path.stat().st_uid not in (0, os.geteuid()):
+        raise SettingsError("the .env file here belongs to another user", "Work in another folder, or remove it.")
+
+
+def _is_address(value: SecretStr, schemes: tuple[str, ...], with_path: bool = False) -> bool:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        scheme = parts.scheme if parts.scheme in schemes else parts.scheme.partition("+")[0]
+        _ = parts.port  # raises ValueError beyond 65535
+    except ValueError:
+        return False
+    return scheme in schemes and (not with_path or len(parts.path) > 1)
 
 
 def _read_secret_files() -> dict[str, str]:

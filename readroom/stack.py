@@ -23,10 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from readroom.broker import start_broker, stop_broker
+from readroom.broker import broker_url, start_broker, stop_broker
 from readroom.errors import BadCall, ReadroomError, SettingsError
 from readroom.log import describe_error
 from readroom.settings import Settings
+from readroom.transport import make_celery, ping_workers
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,22 @@ def launch_stack(settings: Settings, workers: int, queue: str, flower: bool, tim
     with log_path.open("ab") as log:
         command = [sys.executable, "-m", "readroom.cli", "up", "--foreground", *options]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    return wait_for_stack(settings, process, log_path, timeout_s)
+    state = wait_for_stack(settings, process, log_path, timeout_s)
+    wait_for_workers(settings, workers, timeout_s)
+    return state
+
+
+def wait_for_workers(settings: Settings, workers: int, timeout_s: float) -> None:
+    """Wait until every worker answers on the broker. Raises ReadroomError when a service ends meanwhile."""
+    app = make_celery(settings, broker_url(settings, start=False))
+    deadline = time.monotonic() + timeout_s
+    while ping_workers(app) < workers:
+        state = read_state(settings)
+        restarted = [service for service in (state["services"] if state else ()) if service["restarts"]]
+        if state is None or restarted or time.monotonic() > deadline:
+            name, log = (restarted[0]["name"], restarted[0]["log"]) if restarted else ("a worker", "the logs folder")
+            end_stack(settings)
+            raise ReadroomError(f"{name} does not start; the stack was ended again", f"Its log: {log}")
 
 
 def wait_for_stack(
@@ -312,9 +328,6 @@ def write_once(path: Path, text: str) -> None:
 
 def run_flower(settings: Settings) -> None:
     """Serve Flower in this process: behind a password, with bounded memory, showing ids only."""
-    from readroom.broker import broker_url
-    from readroom.transport import make_celery
-
     if settings.flower_host not in {"127.0.0.1", "localhost", "::1"} and settings.flower_password is None:
         raise SettingsError(
             "Flower would listen beyond this machine with a password nobody chose", "Set READROOM_FLOWER_PASSWORD."

@@ -105,6 +105,44 @@ def test_images_become_captions_in_every_format(run: Run, pictures: Path, tmp_pa
     assert len(run("results", again["submission"]).stdout.splitlines()) == 5
 
 
+def test_results_go_to_a_file_for_their_owner_only_or_say_why_not(run: Run, pictures: Path, tmp_path: Path) -> None:
+    submission = json.loads(run("enqueue", "images", str(pictures), "--json").stdout)["submission"]
+    run("worker", "--drain")
+    for form in ("jsonl", "csv", "parquet"):
+        run("results", submission, "--format", form, "-o", str(tmp_path / f"out.{form}"))
+        assert (tmp_path / f"out.{form}").stat().st_mode & 0o777 == 0o600
+        done = run("results", submission, "--format", form, "-o", "/nowhere/out", status=2)
+        assert "cannot be written" in done.stderr
+    assert "No space left" in run("results", submission, "-o", "/dev/full", status=2).stderr
+
+
+def test_watch_with_json_waits_and_prints_one_document(run: Run, pictures: Path) -> None:
+    submission = json.loads(run("enqueue", "images", str(pictures), "--json").stdout)["submission"]
+    run("worker", "--drain")
+    watched = json.loads(run("status", submission, "--watch", "--json").stdout)
+    assert watched["jobs"]["succeeded"] == 5
+
+
+def test_home_that_cannot_be_made_is_named_by_every_door(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file" / "home")
+    assert "READROOM_HOME cannot be made" in run("status", status=2, READROOM_HOME=home).stderr
+    assert "READROOM_HOME" in run("up", status=2, READROOM_HOME=home).stderr
+    findings = json.loads(run("doctor", "--json", status=1, READROOM_HOME=home).stdout)
+    assert "home" in {finding["subject"] for finding in findings if finding["level"] == "error"}
+
+
+def test_up_says_when_the_store_cannot_be_had_and_leaves_nothing_running(run: Run, home: Path) -> None:
+    done = run("up", "--no-flower", status=1, READROOM_DATABASE_URL="postgresql://u:p@127.0.0.1:9/readroom")
+    assert "store" in done.stderr
+    assert "nothing was up" in run("down").stdout
+
+
+def test_doctor_names_a_variable_that_means_nothing(run: Run) -> None:
+    findings = json.loads(run("doctor", "--json", READROOM_DATABASE_ULR="x").stdout)
+    assert any("READROOM_DATABASE_ULR" in finding["text"] for finding in findings)
+
+
 def test_dry_run_enqueues_nothing(run: Run, pictures: Path, home: Path) -> None:
     counts = json.loads(run("enqueue", "images", str(pictures), "--dry-run", "--json").stdout)
     assert counts["images"] == 5
@@ -140,6 +178,9 @@ def test_coco_split_and_karpathy_file_name_the_same_jobs(run: Run, tmp_path: Pat
         (("failures", "requeue"), "say which dead letters"),
         (("checkpoints", "show", "nosuch"), "no checkpoint nosuch"),
         (("enqueue", "images", ".", "--priority", "yesterday"), "yesterday"),
+        (("failures", "list", "--submission", "nosuch"), "no submission nosuch"),
+        (("up", "--queue", "nosuch"), "nosuch"),
+        (("up", "--workers", "0"), "--workers"),
         (("nonsense",), "No such command"),
     ],
 )
@@ -202,6 +243,15 @@ def test_checkpoints_are_registered_listed_and_served(run: Run, pictures: Path, 
     run("worker", "--drain", READROOM_BLIP_MODEL="")
     records = [json.loads(line) for line in run("results", counts["submission"]).stdout.splitlines()]
     assert {record["checkpoint"] for record in records} == {listed[0]["ref"]}
+
+
+def test_a_known_checkpoint_takes_the_name_it_is_given_again(run: Run) -> None:
+    first = run("checkpoints", "add", "bundled", "--activate").stdout
+    assert run("checkpoints", "add", "bundled", "--name", "mine").stdout == first.replace(" bundled ", " mine ")
+    assert json.loads(run("checkpoints", "show", "mine").stdout)["state"] == "active"
+    assert "no checkpoint bundled" in run("checkpoints", "show", "bundled", status=2).stderr
+    run("checkpoints", "add", "bundled")
+    assert [row["name"] for row in json.loads(run("checkpoints", "list", "--json").stdout)] == ["mine"]
 
 
 def test_caption_command_says_what_the_worker_says(run: Run, pictures: Path) -> None:
