@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
 from db.rows import insert_new
-from db.session import Store
+from db.session import Store, now
 from db.tables import checkpoints
 from readroom.errors import BadCall, CheckpointMissing
+
+# Fewer characters of a digest are a word like `a` or `bed` rather than a digest.
+REF_PREFIX = re.compile(r"(sha256:)?[0-9a-f]{8,64}")
 
 
 class CheckpointState(StrEnum):
@@ -24,7 +28,10 @@ class CheckpointState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """A registered checkpoint. `ref` is what results name; `location` a folder or hub id; `added_at` s since 1970."""
+    """A registered checkpoint. `ref` is what results name; `location` a folder or hub id; `added_at` s since 1970.
+
+    `added_at` 0 means the moment it is added.
+    """
 
     ref: str
     family: str
@@ -42,8 +49,22 @@ def add_checkpoint(store: Store, record: CheckpointRecord) -> bool:
     """
     if record.state is CheckpointState.ACTIVE:
         raise BadCall("a checkpoint is added as a candidate", "Promote it afterwards.")
+    dated = replace(record, added_at=record.added_at or now())
     with store.begin() as connection:
-        return bool(insert_new(connection, checkpoints, [asdict(record)], [checkpoints.c.ref]))
+        return bool(insert_new(connection, checkpoints, [asdict(dated)], [checkpoints.c.ref]))
+
+
+def renew_checkpoint(store: Store, record: CheckpointRecord) -> None:
+    """Register a checkpoint, or describe a known one anew: name, family, place and manifest; its state stays.
+
+    It is the newest of its name from now on.
+    """
+    if add_checkpoint(store, record):
+        return
+    described = asdict(replace(record, added_at=record.added_at or now()))
+    changes = {key: value for key, value in described.items() if key not in ("ref", "state")}
+    with store.begin() as connection:
+        connection.execute(update(checkpoints).where(checkpoints.c.ref == record.ref).values(changes))
 
 
 def get_checkpoint(store: Store, ref: str) -> CheckpointRecord | None:
@@ -54,9 +75,9 @@ def get_checkpoint(store: Store, ref: str) -> CheckpointRecord | None:
 
 
 def find_checkpoint(store: Store, name_or_ref_prefix: str) -> CheckpointRecord | None:
-    """The checkpoint a person means: by ref, else the newest of that name, else by the beginning of ref or digest.
+    """The checkpoint a person means: by ref, else the newest of that name, else by the beginning of its digest.
 
-    Raises BadCall when several refs begin so.
+    The beginning has 8 or more hex characters, with or without `sha256:`. Raises BadCall when several digests begin so.
     """
     known = list_checkpoints(store)
     for one in known:
@@ -112,7 +133,7 @@ def _lock_family(connection: Connection, ref: str) -> str:
 
 
 def _begins(ref: str, prefix: str) -> bool:
-    return bool(prefix) and (ref.startswith(prefix) or ref.removeprefix("sha256:").startswith(prefix))
+    return bool(REF_PREFIX.fullmatch(prefix)) and ref.startswith(f"sha256:{prefix.removeprefix('sha256:')}")
 
 
 def _read_checkpoint(row: Row[Any]) -> CheckpointRecord:

@@ -18,12 +18,15 @@ def register_checkpoint(
 ) -> CheckpointRecord:
     """Verify, copy under the home, and record a checkpoint; `activate` serves it to new jobs.
 
+    One that is known already gets the name given now, if any, and the place and manifest found now.
+
     Raises CheckpointMissing or CheckpointBroken with what to do.
     """
-    from db.checkpoints import get_checkpoint, set_active
+    from db.checkpoints import get_checkpoint, renew_checkpoint, set_active
 
     found = convert_source(settings, source) if convert else find_source(settings, source)
-    record_source(store, replace(found, name=name) if name else found)
+    known = get_checkpoint(store, found.ref)
+    renew_checkpoint(store, replace(describe_source(found), name=name or (known.name if known else found.name)))
     if activate:
         set_active(store, found.ref)
     record = get_checkpoint(store, found.ref)
@@ -50,15 +53,19 @@ def convert_source(settings: Settings, source: str) -> CheckpointSource:
 
 def record_source(store: Store, source: CheckpointSource) -> None:
     """Write the checkpoint's row; nothing happens when its ref is known already."""
-    from db.checkpoints import CheckpointRecord, CheckpointState, add_checkpoint
+    from db.checkpoints import add_checkpoint
 
-    manifest = source.manifest.as_json() if source.manifest else {}
-    record = CheckpointRecord(
+    add_checkpoint(store, describe_source(source))
+
+
+def describe_source(source: CheckpointSource) -> CheckpointRecord:
+    """The row to be of a checkpoint."""
+    from db.checkpoints import CheckpointRecord
+
+    return CheckpointRecord(
         ref=source.ref,
         family=source.family,
         name=source.name,
         location=source.location,
-        state=CheckpointState.CANDIDATE,
-        manifest=manifest,
+        manifest=source.manifest.as_json() if source.manifest else {},
     )
-    add_checkpoint(store, record)

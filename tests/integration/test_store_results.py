@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import db.results
@@ -13,6 +15,7 @@ from db.checkpoints import (
     find_checkpoint,
     get_checkpoint,
     list_checkpoints,
+    renew_checkpoint,
     set_active,
 )
 from db.results import iter_results
@@ -73,7 +76,7 @@ def make_checkpoint(digit: str, family: str = "blip", added_at: float = 0.0) -> 
 
 
 def test_a_checkpoint_is_registered_once_and_read_back(store: Store) -> None:
-    record = make_checkpoint("a")
+    record = make_checkpoint("a", added_at=5.0)
     assert add_checkpoint(store, record)
     assert not add_checkpoint(store, make_checkpoint("a", added_at=99.0))
     assert get_checkpoint(store, record.ref) == record
@@ -83,18 +86,47 @@ def test_a_checkpoint_is_registered_once_and_read_back(store: Store) -> None:
 
 
 def test_a_checkpoint_is_found_by_ref_by_newest_name_and_by_its_beginning(store: Store) -> None:
-    records = [make_checkpoint(digit, added_at=float(moment)) for moment, digit in enumerate(("a", "b", "c"))]
+    records = [make_checkpoint(digit, added_at=float(moment)) for moment, digit in enumerate(("a", "b", "c"), 1)]
     for record in records:
         add_checkpoint(store, record)
     add_checkpoint(store, CheckpointRecord(f"sha256:{'a' * 10}{'b' * 54}", "blip", "other", "/other"))
     assert find_checkpoint(store, records[0].ref) == records[0]
     assert find_checkpoint(store, "bundled") == records[2]
-    assert find_checkpoint(store, "bbbb") == records[1] == find_checkpoint(store, "sha256:bb")
-    assert find_checkpoint(store, "f") is None
+    assert find_checkpoint(store, "b" * 8) == records[1] == find_checkpoint(store, "sha256:bbbbbbbb")
+    assert find_checkpoint(store, "f" * 8) is None
     assert find_checkpoint(store, "") is None
     with pytest.raises(BadCall, match="2 checkpoints"):
-        find_checkpoint(store, "aaaa")
-    assert [one.ref for one in list_checkpoints(store)][:3] == [one.ref for one in reversed(records)]
+        find_checkpoint(store, "aaaaaaaa")
+    assert [one.ref for one in list_checkpoints(store)][1:] == [one.ref for one in reversed(records)]
+
+
+@pytest.mark.parametrize("word", ["a", "aaaaaaa", "sha256:", "sha256:aaaaaaa", "sha256", "s"])
+def test_a_short_word_is_not_the_beginning_of_a_digest(store: Store, word: str) -> None:
+    add_checkpoint(store, make_checkpoint("a"))
+    assert find_checkpoint(store, word) is None
+
+
+def test_the_checkpoint_added_last_is_the_newest_of_its_name(store: Store) -> None:
+    before = now()
+    for digit in ("c", "a", "b"):
+        add_checkpoint(store, make_checkpoint(digit))
+    found = find_checkpoint(store, "bundled")
+    assert found is not None
+    assert found.ref == make_checkpoint("b").ref
+    assert before <= found.added_at <= now()
+
+
+def test_a_known_checkpoint_described_anew_keeps_its_state_and_is_the_newest(store: Store) -> None:
+    for digit in ("a", "b"):
+        add_checkpoint(store, make_checkpoint(digit))
+    first = make_checkpoint("a")
+    set_active(store, first.ref)
+    renew_checkpoint(store, replace(first, name="mine", location="/elsewhere"))
+    found = find_checkpoint(store, "mine")
+    assert found is not None
+    assert (found.ref, found.location, found.state) == (first.ref, "/elsewhere", CheckpointState.ACTIVE)
+    renew_checkpoint(store, first)
+    assert next(one.ref for one in list_checkpoints(store)) == first.ref
 
 
 def test_exactly_one_checkpoint_of_a_family_is_active(store: Store) -> None:
