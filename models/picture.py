@@ -100,7 +100,9 @@ def render_array(array: NDArray[Any]) -> NDArray[np.uint8]:
 
     uint8 is taken as it is, bool as black and white, integers by the smallest usual depth (8, 10, 12, 14, 16 bits)
     that holds their maximum, floats within 0..1 as fractions and other floats from minimum to maximum.
-    A fourth channel is alpha, laid on black. Raises ImageError `not_image` for other shapes and types.
+    Of floats, samples that are no number count as padding and become black; infinite ones become black and white.
+    A fourth channel is alpha, laid on black. Raises ImageError: `not_image` for other shapes and types, `corrupt` for
+    floats none of which is finite.
     """
     array = np.asarray(array)
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
@@ -125,9 +127,11 @@ def scale_samples(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def find_range(array: NDArray[Any]) -> tuple[float, float]:
-    """The values that become black and white."""
+    """The values that become black and white. Raises ImageError `corrupt` where none is finite."""
     finite = array[np.isfinite(array)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if not finite.size:
+        raise ImageError(Reason.CORRUPT, "no sample of the picture is a finite number")
+    low, high = float(finite.min()), float(finite.max())
     if array.dtype.kind == "f":
         return (0.0, 1.0) if low >= 0.0 and high <= 1.0 else (low, high)
     depth = next((bits for bits in DEPTHS if high < 2**bits), 0)

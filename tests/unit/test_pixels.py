@@ -476,6 +476,25 @@ def test_arrays_of_every_kind_are_scaled() -> None:
             render_array(wrong)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_floats_none_of_which_is_finite_are_no_picture(value: float, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match="corrupt"):
+        render_array(np.full(shape, value))
+    with pytest.raises(ImageError, match="corrupt"):
+        render_pil(Image.fromarray(np.full((8, 8), value, dtype=np.float32)))
+
+
+def test_scattered_samples_that_are_no_number_are_padding() -> None:
+    array = np.linspace(-2.0, 2.0, 16).reshape(4, 4)
+    plain = render_array(array)
+    array[1, 1], array[2, 2], array[3, 0] = np.nan, np.inf, -np.inf
+    found = render_array(array)
+    assert (found[1, 1], found[2, 2], found[3, 0]) == (0, 255, 0)
+    kept = np.isfinite(array)
+    assert np.array_equal(found[kept], plain[kept])
+
+
 # The model's input
 
 
