@@ -110,6 +110,14 @@ def check_broker_url(url: str) -> Iterator[Finding]:
         yield Finding("broker", "warning", "the connection to another host is not encrypted", "Use rediss:// there.")
 
 
+def check_store_url(url: str) -> Iterator[Finding]:
+    """A store on another host holds patients' data: the way to it should be encrypted and its server known."""
+    parts = urlsplit(url)
+    if parts.hostname not in LOOPBACK and "sslmode=verify-full" not in parts.query:
+        yield Finding("store", "warning", "the connection to another host is not verified, perhaps not encrypted",
+                      "Add ?sslmode=verify-full to READROOM_DATABASE_URL.")  # fmt: skip
+
+
 def check_store(settings: Settings) -> Iterator[Finding]:
     """The store answers; what waits in it; dead letters."""
     from db.jobs import oldest_queued_age
@@ -119,6 +127,8 @@ def check_store(settings: Settings) -> Iterator[Finding]:
 
     url = store_url(settings)
     kind = urlsplit(url).scheme.split("+")[0]
+    if settings.database_url is not None:
+        yield from check_store_url(settings.database_url.get_secret_value())
     if settings.database_url is None and not (settings.home_dir / "readroom.sqlite3").exists():
         yield Finding("store", "note", "SQLite under the home, not made yet")
         return

@@ -43,7 +43,9 @@ class Settings(BaseSettings):
         None, description="Redis or Valkey, `redis://:password@host:6379/0`. Unset: an embedded Valkey under the home."
     )
     database_url: SecretStr | None = Field(
-        None, description="SQL store, `postgresql://user:password@host/readroom`. Unset: SQLite under the home."
+        None,
+        description="SQL store, `postgresql://user:password@host/readroom?sslmode=verify-full`. Unset: SQLite under "
+        "the home.",
     )
     broker_password: SecretStr | None = Field(
         None, description="Password of the compose stack's Valkey. The embedded Valkey makes its own."
