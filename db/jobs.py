@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, or
 
 from db.results import save_results
 from db.rows import among, choose_value, slice_ids
-from db.session import Store, now
+from db.session import Store
 from db.tables import images, jobs, state_is, still_is, submission_jobs
 from readroom.errors import BadCall
 from readroom.records import (
@@ -120,7 +120,7 @@ def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float)
     Jobs that are not queued (a late or double message) or whose time has not come are left out; two owners never get
     the same job.
     """
-    moment = now()
+    moment = store.now()
     due = or_(jobs.c.not_before.is_(None), jobs.c.not_before <= moment)
     lease = {"lease_owner": owner, "lease_until": moment + lease_s, "started_at": moment, "not_before": None}
     with store.begin() as connection:
@@ -131,7 +131,7 @@ def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float)
 
 def renew_leases(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> int:
     """Lengthen the leases that `owner` still holds; how many they are."""
-    held, lease = _held_by(owner), {"lease_until": now() + lease_s}
+    held, lease = _held_by(owner), {"lease_until": store.now() + lease_s}
     with store.begin() as connection:
         parts = [(among(jobs.c.id, part), *held) for part in slice_ids(job_ids)]
         return sum(len(change_jobs(connection, part, **lease)) for part in parts)
@@ -139,7 +139,7 @@ def renew_leases(store: Store, job_ids: Sequence[int], owner: str, lease_s: floa
 
 def release_jobs(store: Store, job_ids: Sequence[int], owner: str) -> int:
     """Give back jobs that were claimed and never started: queued, the attempt not counted, to be published again."""
-    back = BACK_IN_QUEUE | {"attempt": jobs.c.attempt - 1, "queued_at": now()}
+    back = BACK_IN_QUEUE | {"attempt": jobs.c.attempt - 1, "queued_at": store.now()}
     with store.begin() as connection:
         return len(move_jobs(connection, job_ids, JobState.RUNNING, JobState.QUEUED, *_held_by(owner), **back))
 
@@ -153,20 +153,21 @@ def write_outcomes(
     result and `succeeded`; a reason makes `failed`, or `queued` again while attempts are left. With `retry_delay_s` the
     job cannot be claimed before: leave its publishing to `unpublished_jobs`.
     """
+    moment = store.now()
     with store.begin() as connection:
         held = _load_held(connection, [one.job_id for one in outcomes], owner)
         counting = {one.job_id: one for one in outcomes if _is_held(held, one)}
         texts, again, dead = _sort_outcomes(counting.values(), max_attempts)
-        _succeed_jobs(connection, texts, held, owner)
-        _fail_jobs(connection, dead, owner)
-        _retry_jobs(connection, again, owner, retry_delay_s)
+        _succeed_jobs(connection, texts, held, owner, moment)
+        _fail_jobs(connection, dead, owner, moment)
+        _retry_jobs(connection, again, owner, moment, moment + retry_delay_s)
     requeued = sorted(one.job_id for one in again)
     return Written(len(texts), len(dead), requeued, len(outcomes) - len(counting))
 
 
 def return_expired(store: Store, max_attempts: int) -> tuple[list[int], list[int]]:
     """Take back the jobs whose lease ended: ids queued again, and ids failed (`worker_lost`) for want of attempts."""
-    moment = now()
+    moment = store.now()
     expired = (state_is(JobState.RUNNING), jobs.c.lease_until < moment)
     spent = jobs.c.attempt >= max_attempts
     death = {"reason": Reason.WORKER_LOST, "detail": f"no sign of life in {max_attempts} attempts"}
@@ -187,7 +188,7 @@ def unpublished_jobs(
     store: Store, kinds: Collection[str], grace_s: float, limit: int, priorities: Sequence[Priority] = URGENCY
 ) -> list[tuple[int, JobKind, Priority]]:
     """Queued jobs that no message is known to hold since `grace_s` seconds, by `priorities`, then oldest first."""
-    moment = now()
+    moment = store.now()
     lone = (
         state_is(JobState.QUEUED),
         jobs.c.published_at.is_(None),
@@ -209,7 +210,7 @@ def unpublished_jobs(
 
 def mark_published(store: Store, job_ids: Sequence[int]) -> int:
     """Note that messages hold these jobs; how many of them were queued."""
-    queued, moment = still_is(JobState.QUEUED), now()
+    queued, moment = still_is(JobState.QUEUED), store.now()
     with store.begin() as connection:
         parts = [(among(jobs.c.id, part), queued) for part in slice_ids(job_ids)]
         return sum(len(change_jobs(connection, part, published_at=moment)) for part in parts)
@@ -236,7 +237,7 @@ def forget_published(
 
     Returns how many jobs these are, `limit` at most.
     """
-    before = (now() if moment is None else moment) - older_than_s
+    before = (store.now() if moment is None else moment) - older_than_s
     old = (state_is(JobState.QUEUED), jobs.c.kind.in_(kinds), jobs.c.published_at < before)
     chosen = select(jobs.c.id).where(*old, jobs.c.priority.in_(priorities))
     lost = chosen.order_by(jobs.c.published_at, jobs.c.id).limit(limit)
@@ -270,7 +271,7 @@ def oldest_queued_age(store: Store, kinds: Collection[str]) -> float | None:
         # One look into the index for each kind, instead of a walk over all queued jobs.
         oldest = [connection.scalar(_first_queued(kind)) for kind in kinds]
     moments = [moment for moment in oldest if moment is not None]
-    return max(0.0, now() - min(moments)) if moments else None
+    return max(0.0, store.now() - min(moments)) if moments else None
 
 
 def list_failures(
@@ -293,7 +294,7 @@ def requeue_failures(
     store: Store, job_ids: Collection[int] | None = None, submission: str | None = None, reason: str | None = None
 ) -> list[int]:
     """Queue failed jobs again with all their attempts; their ids. Without any filter: all failed jobs."""
-    fresh = BACK_IN_QUEUE | {"attempt": 0, "reason": None, "detail": None, "not_before": None, "queued_at": now()}
+    fresh = BACK_IN_QUEUE | {"attempt": 0, "reason": None, "detail": None, "not_before": None, "queued_at": store.now()}
     return _move_failures(store, _failed(job_ids, submission, reason), JobState.QUEUED, fresh)
 
 
@@ -301,7 +302,7 @@ def drop_failures(
     store: Store, job_ids: Collection[int] | None = None, submission: str | None = None, reason: str | None = None
 ) -> list[int]:
     """Give failed jobs up (cancelled); their ids. Without any filter: all failed jobs."""
-    return _move_failures(store, _failed(job_ids, submission, reason), JobState.CANCELLED, {"finished_at": now()})
+    return _move_failures(store, _failed(job_ids, submission, reason), JobState.CANCELLED, {"finished_at": store.now()})
 
 
 def linked_jobs(submission_id: str) -> Select[Any]:
@@ -360,25 +361,26 @@ def _sort_outcomes(
     return texts, again, dead
 
 
-def _succeed_jobs(connection: Connection, texts: Sequence[Outcome], held: dict[int, Row[Any]], owner: str) -> None:
-    result_ids = save_results(connection, texts, held, owner)
-    changes = {"reason": None, "detail": None, "finished_at": now(), **UNLEASED}
+def _succeed_jobs(
+    connection: Connection, texts: Sequence[Outcome], held: dict[int, Row[Any]], owner: str, moment: float
+) -> None:
+    result_ids = save_results(connection, texts, held, owner, moment)
+    changes = {"reason": None, "detail": None, "finished_at": moment, **UNLEASED}
     for part in slice_ids(result_ids):
         # One statement for the batch; a CASE of a batch's size is cheap, a round trip for each row is not.
         result = choose_value(jobs.c.id, {job_id: result_ids[job_id] for job_id in part})
         move_jobs(connection, part, JobState.RUNNING, JobState.SUCCEEDED, *_held_by(owner), **changes, result_id=result)
 
 
-def _fail_jobs(connection: Connection, dead: Sequence[Outcome], owner: str) -> None:
+def _fail_jobs(connection: Connection, dead: Sequence[Outcome], owner: str, moment: float) -> None:
     for (reason, detail), ids in _group_causes(dead).items():
-        cause = {"reason": reason, "detail": detail, "finished_at": now()}
+        cause = {"reason": reason, "detail": detail, "finished_at": moment}
         move_jobs(connection, ids, JobState.RUNNING, JobState.FAILED, *_held_by(owner), **UNLEASED, **cause)
 
 
-def _retry_jobs(connection: Connection, again: Sequence[Outcome], owner: str, delay_s: float) -> None:
-    moment = now()
+def _retry_jobs(connection: Connection, again: Sequence[Outcome], owner: str, moment: float, not_before: float) -> None:
     for (reason, detail), ids in _group_causes(again).items():
-        cause = {"reason": reason, "detail": detail, "queued_at": moment, "not_before": moment + delay_s}
+        cause = {"reason": reason, "detail": detail, "queued_at": moment, "not_before": not_before}
         move_jobs(connection, ids, JobState.RUNNING, JobState.QUEUED, *_held_by(owner), **BACK_IN_QUEUE, **cause)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, select, tuple_
 
 from db.rows import insert_new
-from db.session import Store, now
+from db.session import Store
 from db.tables import images, jobs, results, studies, submission_jobs
 from readroom.records import JobKind, Outcome
 
@@ -49,13 +49,15 @@ class ResultRecord:
 
 
 def save_results(
-    connection: Connection, outcomes: Sequence[Outcome], held: Mapping[int, Row[Any]], worker: str
+    connection: Connection, outcomes: Sequence[Outcome], held: Mapping[int, Row[Any]], worker: str, moment: float
 ) -> dict[int, int]:
     """Insert the texts; result ids by job id. A result that stands already is kept and shared.
 
     `held` has the job's row by its id: kind, question, settings, settings_digest, and the image's digest and frame.
     """
-    rows = {_identify(held[one.job_id], one): _describe_result(held[one.job_id], one, worker) for one in outcomes}
+    rows = {
+        _identify(held[one.job_id], one): _describe_result(held[one.job_id], one, worker, moment) for one in outcomes
+    }
     # In one order: two workers that write the same results wait for each other and do not deadlock.
     ordered = [rows[identity] for identity in sorted(rows)]
     new = {row.job_id: row.id for row in insert_new(connection, results, ordered, (results.c.id, results.c.job_id))}
@@ -130,7 +132,7 @@ def _keep_finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _describe_result(held: Row[Any], outcome: Outcome, worker: str) -> dict[str, Any]:
+def _describe_result(held: Row[Any], outcome: Outcome, worker: str, moment: float) -> dict[str, Any]:
     identity = dict(zip((column.name for column in IDENTITY), _identify(held, outcome), strict=True))
     return identity | {
         "settings": held.settings,
@@ -140,5 +142,5 @@ def _describe_result(held: Row[Any], outcome: Outcome, worker: str) -> dict[str,
         "worker": worker,
         "job_id": outcome.job_id,
         "attempt": outcome.attempt,
-        "created_at": now(),
+        "created_at": moment,
     }

@@ -8,12 +8,13 @@ import sqlite3
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from db.faults import BUSY, translate_faults
@@ -24,11 +25,13 @@ SQLITE_NAME = "readroom.sqlite3"
 SQLITE_BUSY_S = 60.0  # a producer's transaction takes 0.1 s; a slow disk and a dozen processes may queue for seconds
 POSTGRES_TIMEOUT_S = 120.0  # no statement of ours takes that long; a server that says nothing is taken for gone
 POSTGRES_DRIVER = "postgresql+pg8000"
+CLOCK_LIFE_S = 600.0  # quartz drifts by 0.1 s in that time at worst
+CLOCK_STEP_S = 1.0
 WRITING = {"readroom_writing": True}
 
 
 def now() -> float:
-    """Seconds since 1970, UTC: the only clock of the store."""
+    """Seconds since 1970, UTC, by this machine's clock. What the store writes and compares is `Store.now()`."""
     return time.time()
 
 
@@ -55,12 +58,46 @@ def name_driver(url: str) -> str:
     return parsed.set(drivername=driver).render_as_string(hide_password=False)
 
 
-class Store:
-    """A handle on the SQL store; safe to share between threads and to carry through a fork."""
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """How far the server's clock is ahead of ours. `width_s`: how long the answer took; it is off by half at most."""
 
-    def __init__(self, url: str) -> None:
+    seconds: float
+    width_s: float
+    measured_at: float
+    measured_monotonic: float
+
+    def is_stale(self, moment: float) -> bool:
+        """Whether to measure again: after a while, or when the clock went another way than time did."""
+        elapsed = time.monotonic() - self.measured_monotonic
+        return elapsed > CLOCK_LIFE_S or abs(moment - self.measured_at - elapsed) > CLOCK_STEP_S
+
+
+class Store:
+    """A handle on the SQL store; safe to share between threads and to carry through a fork.
+
+    `clock` is this machine's, in seconds since 1970.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = now) -> None:
         self._url = make_url(name_driver(url))
+        self._clock = clock
+        self._offset: Offset | None = None
         self._start_engine()
+
+    def now(self) -> float:
+        """Seconds since 1970 by the store's only clock: the server's on PostgreSQL, this machine's on SQLite.
+
+        Leases of one machine are judged by another one, so both must read the same clock. The server is asked at first,
+        every ten minutes, and when this machine's clock was set or stood still. Raises StoreError when it must be asked
+        and does not answer.
+        """
+        if self.dialect == "sqlite":
+            return self._clock()
+        offset = self._offset
+        if offset is None or offset.is_stale(self._clock()):
+            offset = self._offset = self._measure_offset()
+        return self._clock() + offset.seconds
 
     @property
     def dialect(self) -> str:
@@ -100,6 +137,17 @@ class Store:
         with self._translated():
             self._engine_here().dispose()
 
+    def _measure_offset(self) -> Offset:
+        with self.read() as connection:
+            # The first question begins the transaction too, so that only the second one takes a single round trip.
+            return min((self._ask_clock(connection) for _ in range(2)), key=lambda offset: offset.width_s)
+
+    def _ask_clock(self, connection: Connection) -> Offset:
+        before = self._clock()
+        server = connection.scalar(text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"))
+        after = self._clock()
+        return Offset(float(server or 0.0) - (before + after) / 2, after - before, after, time.monotonic())
+
     def _translated(self) -> AbstractContextManager[None]:
         return translate_faults(sockets=self.dialect == "postgresql")
 
@@ -131,7 +179,7 @@ class Store:
             turn.release()
 
 
-def open_store(url: str, create: bool = True) -> Store:
+def open_store(url: str, create: bool = True, clock: Callable[[], float] = now) -> Store:
     """Open the store; with `create` make it and bring its tables up to this release.
 
     Several processes may do so at once. Raises StoreError when it is missing (without `create`), older than this
@@ -139,7 +187,7 @@ def open_store(url: str, create: bool = True) -> Store:
     """
     from db.upgrade import check_store, upgrade_store
 
-    store = Store(url)
+    store = Store(url, clock)
     if create:
         upgrade_store(store)
     else:

@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, select, update
 
 from db.rows import insert_new
-from db.session import now
 from db.tables import clean_text, images, studies
 from readroom.errors import BadCall
 from readroom.records import FoundImage
@@ -27,9 +26,9 @@ def study_uid(found: FoundImage) -> str:
     return clean_text(found.study_instance_uid or "")
 
 
-def add_studies(connection: Connection, found: Sequence[FoundImage]) -> tuple[dict[str, int], int]:
+def add_studies(connection: Connection, found: Sequence[FoundImage], moment: float) -> tuple[dict[str, int], int]:
     """Row ids by Study Instance UID, and how many studies are new. The first one to name a study describes it."""
-    rows = {study_uid(one): _describe_study(one) for one in reversed(found) if study_uid(one)}
+    rows = {study_uid(one): _describe_study(one, moment) for one in reversed(found) if study_uid(one)}
     if not rows:
         return {}, 0
     columns = (studies.c.id, studies.c.study_instance_uid)
@@ -42,10 +41,10 @@ def add_studies(connection: Connection, found: Sequence[FoundImage]) -> tuple[di
 
 
 def add_images(
-    connection: Connection, found: Sequence[FoundImage], study_ids: dict[str, int]
+    connection: Connection, found: Sequence[FoundImage], study_ids: dict[str, int], moment: float
 ) -> tuple[dict[ImageKey, int], int]:
     """Row ids by image key, and how many images are new. A known image that was found elsewhere moves there."""
-    rows = {image_key(one): _describe_image(one, study_ids) for one in found}
+    rows = {image_key(one): _describe_image(one, study_ids, moment) for one in found}
     columns = (images.c.id, images.c.digest, images.c.frame, images.c.sop_instance_uid)
     inserted = insert_new(connection, images, [rows[key] for key in sorted(rows)], columns)
     ids = {(row.digest, row.frame, row.sop_instance_uid): row.id for row in inserted}
@@ -76,17 +75,17 @@ def _move_images(connection: Connection, moved: list[dict[str, Any]]) -> None:
         connection.execute(update(images).where(images.c.id == bindparam("row")).values(places), moved)
 
 
-def _describe_study(found: FoundImage) -> dict[str, Any]:
+def _describe_study(found: FoundImage, moment: float) -> dict[str, Any]:
     return {
         "study_key": secrets.token_hex(8),
         "study_instance_uid": study_uid(found),
         "accession_number": found.accession_number,
         "patient_id": found.patient_id,
-        "created_at": now(),
+        "created_at": moment,
     }
 
 
-def _describe_image(found: FoundImage, study_ids: dict[str, int]) -> dict[str, Any]:
+def _describe_image(found: FoundImage, study_ids: dict[str, int], moment: float) -> dict[str, Any]:
     if not found.ref.digest:
         raise BadCall("an image without its digest cannot be stored")
     return {
@@ -103,5 +102,5 @@ def _describe_image(found: FoundImage, study_ids: dict[str, int]) -> dict[str, A
         "columns": found.columns,
         "size_bytes": found.size_bytes,
         "flags": list(found.flags),
-        "created_at": now(),
+        "created_at": moment,
     }

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, func, select, update
 
 from db.jobs import linked_jobs, raise_priority
 from db.rows import insert_new
-from db.session import Store, now
+from db.session import Store
 from db.studies import ImageKey, add_studies, image_key
 from db.studies import add_images as add_image_rows
 from db.tables import images, jobs, submission_jobs, submissions
@@ -108,7 +108,7 @@ def open_submission(store: Store, plan: SubmissionPlan) -> str:
     """The id of a new submission, or of the unfinished one with an equal plan (a killed `enqueue` goes on)."""
     if len(plan.question) > MAX_QUESTION_CHARS:
         raise BadCall(f"a question has {MAX_QUESTION_CHARS} characters at most")
-    row = {**_describe_plan(plan), "id": secrets.token_hex(6), "created_at": now()}
+    row = {**_describe_plan(plan), "id": secrets.token_hex(6), "created_at": store.now()}
     unfinished = submissions.c.state == SubmissionState.ENQUEUING
     same = select(submissions.c.id).where(submissions.c.plan_digest == plan.digest, unfinished)
     with store.begin() as connection:
@@ -129,11 +129,12 @@ def add_images(store: Store, submission_id: str, plan: SubmissionPlan, found: Se
         raise BadCall("report jobs belong to studies, not to images")
     if not found:
         return Added([], 0, 0, 0)
+    moment = store.now()
     with store.begin() as connection:
-        study_ids, studies_new = add_studies(connection, found)
-        image_ids, images_new = add_image_rows(connection, found, study_ids)
+        study_ids, studies_new = add_studies(connection, found, moment)
+        image_ids, images_new = add_image_rows(connection, found, study_ids, moment)
         wanted = _want_jobs(plan, found)
-        job_ids, queued = _add_jobs(connection, submission_id, plan, wanted, image_ids)
+        job_ids, queued = _add_jobs(connection, submission_id, plan, wanted, image_ids, moment)
         links = _link_jobs(connection, submission_id, wanted, job_ids, image_ids)
         raised = raise_priority(connection, set(job_ids.values()).difference(queued), plan.priority)
         return Added(queued, links - len(queued), studies_new, images_new, len(wanted) - links, raised)
@@ -159,7 +160,7 @@ def tally_submission(store: Store, submission_id: str) -> Tally:
 def close_submission(store: Store, submission_id: str, counts: SubmissionCounts) -> None:
     """Note that all items are named, with what the producer counted."""
     numbers = {name: getattr(counts, name) for name in ("found", "queued", "already_done", "studies", "images")}
-    numbers |= {"skipped": len(counts.skipped), "state": SubmissionState.ENQUEUED, "closed_at": now()}
+    numbers |= {"skipped": len(counts.skipped), "state": SubmissionState.ENQUEUED, "closed_at": store.now()}
     with store.begin() as connection:
         connection.execute(update(submissions).where(submissions.c.id == submission_id).values(numbers))
 
@@ -188,7 +189,7 @@ def count_jobs(store: Store, submission_id: str | None = None, kind: JobKind | N
 
 def measure_rate(store: Store, submission_id: str | None = None, window_s: float = 60.0) -> float:
     """Jobs finished per second over the last `window_s` seconds, or since the first one finished in them."""
-    moment = now()
+    moment = store.now()
     recent = (jobs.c.finished_at.is_not(None), jobs.c.finished_at > moment - window_s)
     finished = select(func.count(), func.min(jobs.c.finished_at)).where(*recent)
     if submission_id is not None:
@@ -235,9 +236,10 @@ def _add_jobs(
     plan: SubmissionPlan,
     wanted: Sequence[_Wanted],
     image_ids: Mapping[ImageKey, int],
+    moment: float,
 ) -> tuple[dict[str, int], list[int]]:
     """Job ids by key, and the ids of those that are new."""
-    shared = _describe_job(submission_id, plan)
+    shared = _describe_job(submission_id, plan, moment)
     rows: dict[str, dict[str, Any]] = {}
     for one in wanted:
         own = {"key": one.key, "kind": one.kind, "question": one.question, "image_id": image_ids[image_key(one.found)]}
@@ -252,7 +254,7 @@ def _add_jobs(
     return {row.key: row.id for row in known} | new, sorted(new.values())
 
 
-def _describe_job(submission_id: str, plan: SubmissionPlan) -> dict[str, Any]:
+def _describe_job(submission_id: str, plan: SubmissionPlan, moment: float) -> dict[str, Any]:
     return {
         "submission_id": submission_id,
         "state": JobState.QUEUED,
@@ -262,7 +264,7 @@ def _describe_job(submission_id: str, plan: SubmissionPlan) -> dict[str, Any]:
         "settings": asdict(plan.settings),
         "settings_digest": plan.settings.digest,
         "attempt": 0,
-        "created_at": (moment := now()),
+        "created_at": moment,
         "queued_at": moment,
     }
 
