@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, GenerationConfig
@@ -22,11 +21,10 @@ from models.base import Picture, run_answerer, run_captioner
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
-    CLIP_MEAN,
-    CLIP_STD,
     DEFAULT_PROFILE,
     MANIFEST_NAME,
     CheckpointSource,
+    Floats,
     Manifest,
     read_json,
     refuse_pickles,
@@ -35,13 +33,13 @@ from models.checkpoint import (
 )
 from models.device import pick_device, pick_precision, translate_device_errors
 from models.pixels import to_model_input
+from models.plain import read_normalisation
 from readroom.errors import BadCall, CheckpointBroken
 from readroom.records import GeneratedText, GenerationSettings
 
 MAX_QUESTION_TOKENS = 35  # as in models/blip_vqa.py
 # Buffers that old checkpoints carry and the classes compute.
 COMPUTED_SUFFIX = "position_ids"
-Floats = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,20 +390,3 @@ def read_image_size(model: Any, manifest: Manifest | None) -> int:
     if manifest and manifest.image_size != side:
         raise CheckpointBroken("manifest: image_size is not the one of config.json")
     return side
-
-
-def read_normalisation(folder: Path) -> tuple[Floats, Floats]:
-    """Mean and standard deviation from preprocessor_config.json, CLIP's where it says nothing."""
-    config = read_json(folder / "preprocessor_config.json")
-    if config.get("do_normalize", True) is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return _read_triple(config, "image_mean", CLIP_MEAN), _read_triple(config, "image_std", CLIP_STD)
-
-
-def _read_triple(config: dict[str, Any], key: str, default: Floats) -> Floats:
-    value: npt.NDArray[np.float64] = np.asarray(config.get(key, default), dtype=object)
-    try:
-        first, second, third = (float(number) for number in value)
-    except (TypeError, ValueError):
-        raise CheckpointBroken(f"preprocessor_config.json: {key} is not three numbers") from None
-    return first, second, third

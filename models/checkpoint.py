@@ -13,13 +13,15 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings, digest_json
+
+Floats = tuple[float, float, float]
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -131,7 +133,7 @@ def resolve_checkpoint(name: str) -> CheckpointSource:
         return _resolve_bundled()
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return resolve_folder(folder)
+        return resolve_folder(folder.resolve())  # a worker runs in another folder
     if folder.is_file():
         raise CheckpointBroken("that name is a file; a checkpoint is a folder", CONVERT_REMEDY)
     if HUB_ID.match(name) and not name.startswith((".", "~", "/")):
@@ -213,7 +215,7 @@ def _resolve_plain(folder: Path, name: str) -> CheckpointSource:
     family = str(read_json(folder / "config.json").get("model_type", ""))
     if not family:
         raise CheckpointBroken("this folder holds no config.json that names a model_type")
-    files = {entry.name: hash_file(entry) for entry in _list_files(folder) if entry.suffix in HASHED_SUFFIXES}
+    files = {entry.name: hash_file(entry) for entry in list_files(folder) if entry.suffix in HASHED_SUFFIXES}
     return CheckpointSource(f"sha256:{digest_files(files)}", family, name or folder.name, str(folder))
 
 
@@ -238,7 +240,7 @@ def write_manifest(folder: Path | str, **described: Any) -> Manifest:
     """
     folder = Path(folder)
     _check_names(described)
-    entries = [entry for entry in _list_files(folder) if entry.name != MANIFEST_NAME]
+    entries = [entry for entry in list_files(folder) if entry.name != MANIFEST_NAME]
     files = {entry.name: {"sha256": hash_file(entry), "bytes": entry.stat().st_size} for entry in entries}
     document = {
         "format": MANIFEST_FORMAT,
@@ -282,12 +284,24 @@ def publish_folder(source: Path | str, dest_root: Path | str) -> Path:
     target = root / manifest.digest
     if target.is_dir() and _is_sound(target):
         return target
+    names = [*manifest.files, MANIFEST_NAME]
+    return publish_files(root, manifest.digest, lambda staged: _copy_files(source, staged, names))
+
+
+def publish_files(root: Path, digest: str, fill: Callable[[Path], None]) -> Path:
+    """Make `<root>/<digest>` out of what `fill` puts into an empty folder; readers see all of it or nothing.
+
+    Raises CheckpointBroken unless that is a checkpoint of this digest.
+    """
     root.mkdir(parents=True, exist_ok=True)
     staged = root / f".staged-{secrets.token_hex(6)}"
+    staged.mkdir(mode=0o700)
     try:
-        _copy_files(source, staged, [*manifest.files, MANIFEST_NAME])
-        verify_folder(staged)
-        return _move_in_place(staged, target)
+        fill(staged)
+        _sync_folder(staged)
+        if verify_folder(staged).digest != digest:
+            raise CheckpointBroken("the checkpoint's files changed while they were copied", "Add it again.")
+        return _move_in_place(staged, root / digest)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -318,7 +332,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder by name, hidden ones left out."""
     # Links are allowed here (the hub's cache is made of them); a manifest's folder is checked in verify_folder.
     return sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
 
@@ -353,11 +368,8 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    target.mkdir(mode=0o700)
     for name in names:
         shutil.copyfile(source / name, target / name, follow_symlinks=False)
-        _sync(target / name)
-    _sync(target)
 
 
 def _move_in_place(staged: Path, target: Path) -> Path:
@@ -378,6 +390,12 @@ def _write_atomically(path: Path, content: bytes) -> None:
     staged.write_bytes(content)
     _sync(staged)
     staged.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    for entry in folder.iterdir():
+        _sync(entry)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForQuestionAnswering
 
-from models.blip import COMPUTED_SUFFIX, Floats, hide_progress, load_tokenizer, read_normalisation
+from models.blip import COMPUTED_SUFFIX, hide_progress, load_tokenizer
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
     CLIP_MEAN,
     CLIP_STD,
     HUB_ID,
+    Floats,
     Manifest,
     publish_folder,
     read_json,
     write_manifest,
 )
+from models.plain import read_normalisation
 from readroom.errors import CheckpointBroken, CheckpointMissing
 
 Weights = dict[str, torch.Tensor]

@@ -35,13 +35,19 @@ def register_checkpoint(
 
 
 def find_source(settings: Settings, source: str) -> CheckpointSource:
-    """A checkpoint by name; a folder with a manifest is verified and copied to `<home>/checkpoints/<digest>`."""
-    from models.checkpoint import publish_folder, resolve_checkpoint
+    """A checkpoint by name; a folder is copied to `<home>/checkpoints/<digest>`.
+
+    One with a manifest is verified first, a plain hub folder gets a manifest there. Its ref stays what it was.
+    """
+    from models.checkpoint import publish_folder, resolve_checkpoint, resolve_folder
+    from models.plain import publish_plain
 
     found = resolve_checkpoint(source)
-    if found.manifest is None or source == "bundled":
+    if source == "bundled" or not found.ref.startswith("sha256:"):
         return found
-    return replace(found, location=str(publish_folder(found.location, settings.home_dir / "checkpoints")))
+    root = (settings.home_dir / "checkpoints").resolve()
+    folder = publish_folder(found.location, root) if found.manifest else publish_plain(found, root)
+    return resolve_folder(folder, found.name)
 
 
 def convert_source(settings: Settings, source: str) -> CheckpointSource:

@@ -32,6 +32,7 @@ from models.checkpoint import (
     write_manifest,
 )
 from models.load import load_answerer, load_captioner
+from models.plain import publish_plain
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings
 from tests.fakes.small_blip import SIZE, VOCABULARY, mixed_images, save_answerer, save_hub_folder, small_model
@@ -261,6 +262,19 @@ def test_a_folder_with_a_vocabulary_only_loads_the_same(own_folder: Path, captio
     (own_folder / "tokenizer.json").unlink()
     images = mixed_images(2)
     assert run_captioner(as_captioner(str(own_folder)), images) == run_captioner(captioner, images)
+
+
+def test_a_plain_folder_adopted_with_a_manifest_says_the_same_under_the_same_ref(
+    own_folder: Path, tmp_path: Path
+) -> None:
+    plain = as_captioner(str(own_folder))
+    adopted = as_captioner(str(publish_plain(resolve_checkpoint(str(own_folder)), tmp_path / "store")))
+    manifest = resolve_checkpoint(str(next((tmp_path / "store").iterdir()))).manifest
+    assert manifest is not None
+    assert manifest.parameters == sum(weight.numel() for weight in plain.parts.model.parameters())
+    assert (adopted.checkpoint, adopted.defaults) == (plain.checkpoint, plain.defaults)
+    images = mixed_images(3)
+    assert run_captioner(adopted, images) == run_captioner(plain, images)
 
 
 def test_a_changed_file_is_found_before_anything_is_loaded(own_folder: Path) -> None:

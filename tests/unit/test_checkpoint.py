@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from models.checkpoint import (
+    BLIP_ANSWER,
     BLIP_CAPTION,
     DEFAULT_PROFILE,
     MANIFEST_NAME,
@@ -24,6 +25,7 @@ from models.checkpoint import (
     verify_folder,
     write_manifest,
 )
+from models.plain import publish_plain
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings
 
@@ -208,6 +210,16 @@ def test_a_plain_hub_folder_resolves_to_a_digest_of_what_is_loaded(folder: Path)
     assert resolve_checkpoint(str(folder)).ref != first.ref
 
 
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_the_place_of_a_folder_does_not_depend_on_where_one_stands(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, with_manifest: bool
+) -> None:
+    if not with_manifest:
+        (folder / MANIFEST_NAME).unlink()
+    monkeypatch.chdir(folder.parent)
+    assert resolve_checkpoint(folder.name).location == resolve_checkpoint(f"./{folder.name}/").location == str(folder)
+
+
 def test_a_folder_of_pickles_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
@@ -287,11 +299,72 @@ def test_publishing_a_broken_folder_leaves_nothing(folder: Path, tmp_path: Path)
     assert not (tmp_path / "store").exists()
 
 
+def write_safetensors(path: Path, **shapes: tuple[str, list[int]]) -> None:
+    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, (dtype, shape) in shapes.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+@pytest.fixture
+def plain_folder(folder: Path) -> Path:
+    """As the hub has them: no manifest, notes, a pickle beside the safetensors, in two pieces."""
+    (folder / MANIFEST_NAME).unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    write_safetensors(folder / "model-00001-of-00002.safetensors", weight=("F32", [3, 4]), scale=("BF16", []))
+    write_safetensors(folder / "model-00002-of-00002.safetensors", bias=("F16", [5]), position_ids=("I64", [1, 40]))
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = {"model_type": "blip", "architectures": ["BlipForQuestionAnswering"], "vision_config": {"image_size": 48}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_plain_folder_is_copied_with_a_manifest_under_the_ref_it_had(plain_folder: Path, tmp_path: Path) -> None:
+    asked = resolve_checkpoint(str(plain_folder))
+    published = publish_plain(asked, tmp_path / "store")
+    manifest = verify_folder(published)
+    assert manifest.ref == asked.ref == resolve_checkpoint(str(published)).ref
+    assert published == tmp_path / "store" / manifest.digest
+    assert (manifest.name, manifest.family, manifest.task) == (plain_folder.name, "blip", "answer")
+    assert (manifest.parameters, manifest.image_size, manifest.licence) == (18, 48, "")
+    assert (manifest.mean, manifest.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert manifest.defaults == BLIP_ANSWER
+    assert not {"README.md", "pytorch_model.bin"} & {entry.name for entry in published.iterdir()}
+    assert resolve_checkpoint(str(plain_folder)).ref == asked.ref
+    assert publish_plain(asked, tmp_path / "store") == published
+
+
+def test_a_plain_folder_made_of_links_is_copied_as_files(plain_folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for entry in plain_folder.iterdir():
+        (snapshot / entry.name).symlink_to(entry)
+    verify_folder(publish_plain(resolve_checkpoint(str(snapshot)), tmp_path / "store"))
+
+
+def test_a_plain_folder_that_changes_meanwhile_is_not_published(plain_folder: Path, tmp_path: Path) -> None:
+    asked = resolve_checkpoint(str(plain_folder))
+    (plain_folder / "vocab.txt").write_text("other")
+    with pytest.raises(CheckpointBroken, match="changed while"):
+        publish_plain(asked, tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"weights", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"]
+)
+def test_damaged_weights_of_a_plain_folder_are_named(plain_folder: Path, tmp_path: Path, content: bytes) -> None:
+    (plain_folder / "model-00001-of-00002.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointBroken, match="model-00001-of-00002"):
+        publish_plain(resolve_checkpoint(str(plain_folder)), tmp_path / "store")
+
+
 # The house -----------------------------------------------------------------------------------------------------------
 
 
 def test_importing_checkpoints_loads_no_torch() -> None:
-    code = "import models.checkpoint, sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import models.plain, sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
