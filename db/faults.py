@@ -51,6 +51,7 @@ POSTGRES_FAULTS: dict[str, tuple[tuple[str, str], bool]] = {
     "53": (CROWDED, True),
     "55P03": (BUSY, True),
     "57014": (BUSY, True),
+    "25P03": (LOST, True),  # the server ended our session, since we stood still in a transaction
     "57P": (LOST, True),
     "08": (LOST, True),
     "40": (BUSY, True),

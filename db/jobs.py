@@ -96,6 +96,10 @@ def change_jobs(connection: Connection, conditions: Collection[ColumnElement[boo
 
     SQLite has one writer and needs no row locks. On PostgreSQL a row that another transaction holds is waited for and
     judged anew. Not `FOR UPDATE` but the weaker lock: new links to a job need not wait for its claim.
+
+    Not SKIP LOCKED: a worker takes an id that its claim does not give for a late duplicate and drops it, so a job whose
+    locker then fails would lie until its message is taken for lost. The wait is bounded, for us by `lock_timeout`, and
+    for a peer that stands still by `idle_in_transaction_session_timeout`.
     """
     chosen = select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update(key_share=True)
     where = conditions if connection.dialect.name == "sqlite" else (*conditions, jobs.c.id.in_(chosen))

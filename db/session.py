@@ -24,6 +24,10 @@ from readroom.settings import Settings
 SQLITE_NAME = "readroom.sqlite3"
 SQLITE_BUSY_S = 60.0  # a producer's transaction takes 0.1 s; a slow disk and a dozen processes may queue for seconds
 POSTGRES_TIMEOUT_S = 120.0  # no statement of ours takes that long; a server that says nothing is taken for gone
+# A process that is stopped or cut off inside a transaction keeps its row locks as long as the server keeps its session.
+POSTGRES_IDLE_S = 60.0  # our transactions are idle between two statements for milliseconds
+POSTGRES_LOCK_S = 30.0
+POSTGRES_KEEPALIVE_S = 30
 POSTGRES_DRIVER = "postgresql+pg8000"
 CLOCK_LIFE_S = 600.0  # quartz drifts by 0.1 s in that time at worst
 CLOCK_STEP_S = 1.0
@@ -205,9 +209,11 @@ def _create_engine(url: URL) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     url, arguments = _read_postgres_options(url)
-    return create_engine(
+    engine = create_engine(
         url, hide_parameters=True, pool_pre_ping=True, pool_size=8, max_overflow=56, connect_args=arguments
     )
+    event.listen(engine, "connect", _set_up_postgres)
+    return engine
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
@@ -216,6 +222,20 @@ def _set_up_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     # inserts no faster (500 to 800 rows/s with either); the operating system holds the pages anyway.
     for pragma in ("foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _set_up_postgres(connection: Any, _record: Any) -> None:
+    # By SET and not among the start-up parameters, which poolers such as PgBouncer refuse.
+    settings = {
+        "idle_in_transaction_session_timeout": f"{POSTGRES_IDLE_S * 1000:.0f}ms",
+        "lock_timeout": f"{POSTGRES_LOCK_S * 1000:.0f}ms",
+        "tcp_keepalives_idle": str(POSTGRES_KEEPALIVE_S),  # the server takes no notice of it on a Unix socket
+    }
+    cursor = connection.cursor()
+    calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+    cursor.execute(f"SELECT {calls}", [part for pair in settings.items() for part in pair])
+    cursor.close()
+    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -106,6 +106,7 @@ def _lock_server(store: Store) -> Iterator[None]:
     """Hold PostgreSQL's advisory lock; the server lets go of it when the connection ends."""
     with store.read() as connection:
         _await_lock(connection)
+        connection.commit()  # the lock is the session's; a session idle in a transaction would be ended
         try:
             yield
         finally:

@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import TypeVar
 
-from sqlalchemy import func, select
+import pytest
+from sqlalchemy import func, select, text, update
 
 from db.checkpoints import CheckpointRecord, CheckpointState, add_checkpoint, list_checkpoints, set_active
 from db.jobs import claim_jobs, has_work, mark_published, release_jobs, return_expired, write_outcomes
-from db.session import Store
+from db.session import Store, open_store
 from db.submissions import add_images, count_jobs, open_submission, tally_submission
 from db.tables import jobs, results, submission_jobs
+from readroom.errors import StoreUnavailable
 from readroom.records import JobKind, JobState, Outcome
 from tests.fakes.items import add_jobs, make_images, make_plan
 
@@ -160,6 +162,44 @@ def test_promotions_at_the_same_time_leave_exactly_one_active_checkpoint(store: 
 
     run_together(4, promote)
     assert [one.state for one in list_checkpoints(store)].count(CheckpointState.ACTIVE) == 1
+
+
+def test_a_peer_that_stands_still_in_a_transaction_loses_its_locks_and_its_transaction(
+    postgres_store: Store, postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = add_jobs(postgres_store, 4)
+    monkeypatch.setattr("db.session.POSTGRES_IDLE_S", 0.5)
+    frozen = open_store(postgres_tables, create=False)
+    with pytest.raises(StoreUnavailable, match="lost"), frozen.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id.in_(ids[:2])).values(attempt=7))
+        # It says nothing more. The claim waits for it and then finds the rows as they were, none is left out.
+        claimed = claim_jobs(postgres_store, ids, "living", 60)
+        connection.execute(update(jobs).values(attempt=8))
+    assert [(one.id, one.attempt) for one in claimed] == [(job, 1) for job in ids]
+    assert len(claim_jobs(frozen, ids, "frozen", 60)) == 0  # its next call has a connection that works
+    frozen.close()
+
+
+def test_a_claim_waits_for_a_locked_row_for_a_bounded_time_and_may_be_repeated(
+    postgres_store: Store, postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = add_jobs(postgres_store, 2)
+    monkeypatch.setattr("db.session.POSTGRES_LOCK_S", 0.1)
+    impatient = open_store(postgres_tables, create=False)
+    with postgres_store.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == ids[0]).values(attempt=0))
+        with pytest.raises(StoreUnavailable, match="a lock was not had in time"):
+            claim_jobs(impatient, ids, "w", 60)
+    assert len(claim_jobs(impatient, ids, "w", 60)) == 2
+    impatient.close()
+
+
+def test_every_session_has_its_bounds(postgres_store: Store) -> None:
+    names = ("idle_in_transaction_session_timeout", "lock_timeout", "tcp_keepalives_idle")
+    with postgres_store.read() as connection:
+        values = [connection.scalar(text(f"SHOW {name}")) for name in names]
+        connection.rollback()
+        assert [connection.scalar(text(f"SHOW {name}")) for name in names] == values == ["1min", "30s", "30"]
 
 
 def test_a_store_goes_on_working_in_a_forked_child(store: Store) -> None:

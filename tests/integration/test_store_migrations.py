@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from db.session import Store, open_store
 from db.tables import metadata
-from db.upgrade import HEAD_REVISION, MIGRATIONS, read_revision
+from db.upgrade import HEAD_REVISION, MIGRATIONS, _lock_store, read_revision
 from readroom.errors import StoreError
 from tests.fakes.items import add_jobs
 
@@ -73,6 +73,15 @@ def test_four_processes_that_open_an_empty_store_at_once_all_get_it(empty_url: s
     with store.read() as connection:
         assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
     store.close()
+
+
+def test_the_lock_of_a_long_migration_is_held_by_a_session_that_is_in_no_transaction(postgres_store: Store) -> None:
+    # The server ends sessions that stand still in a transaction, and their locks with them.
+    held = text("SELECT state FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'")
+    with _lock_store(postgres_store), postgres_store.read() as connection:
+        assert connection.scalars(held).all() == ["idle"]
+    with postgres_store.read() as connection:
+        assert connection.scalars(held).all() == []
 
 
 def test_opening_without_creating_asks_for_a_store_first(empty_url: str) -> None:
