@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from celery import Celery
 
 from db.jobs import first_published, forget_published, mark_published, return_expired, unpublished_jobs
-from db.session import Store, now
+from db.session import Store
 from readroom.messages import queue_name, queue_names
 from readroom.records import Priority
 from readroom.settings import Settings
@@ -88,7 +88,7 @@ class Rescuer:
         return sum(self._compare_kind(kind) for kind in self.kinds)
 
     def _compare_kind(self, kind: str) -> int:
-        moment = now()
+        moment = self.store.now()
         with broker_errors():
             client = redis_client(self.app)
             is_known = bool(client.exists(EPOCH_KEY + kind))
@@ -103,7 +103,7 @@ class Rescuer:
     def _forget_older(self, kind: str, priority: str) -> int:
         """Forget messages that cannot be on their queue: it is empty, or what is taken next was published later."""
         queue = queue_name(kind, priority)
-        moment: float | None = now()
+        moment: float | None = self.store.now()
         if queue_depths(self.app, [queue])[queue]:
             moment = first_published(self.store, peek_jobs(self.app, queue, PEEK_MESSAGES), kind, priority)
         return 0 if moment is None else self._forget_jobs(kind, [priority], self.settings.publish_grace_s, moment)
