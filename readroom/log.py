@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from types import TracebackType
 from typing import TextIO
 
 from readroom.errors import ReadroomError
+
+logger = logging.getLogger(__name__)
 
 QUOTING_LOGGERS = ("pydicom", "PIL", "highdicom", "sqlalchemy.engine", "sqlalchemy.pool", "asyncio")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -48,7 +51,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def set_up_logging(level: str = "INFO", stream: TextIO | None = None) -> None:
-    """Send all logging to `stream` (default: standard error) through the private formatter."""
+    """Send all logging to `stream` (default: standard error) through the private formatter, uncaught errors too."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(PrivateFormatter(FORMAT))
     handler.addFilter(PrivateFilter())
@@ -56,6 +59,19 @@ def set_up_logging(level: str = "INFO", stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     silence_quoting()
+    sys.excepthook = report_uncaught
+    threading.excepthook = report_thread
+
+
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of the interpreter's own report, which quotes the texts of the error and of those that led to it."""
+    logger.critical("an error that nobody caught", exc_info=(kind, error, trace))
+
+
+def report_thread(arguments: threading.ExceptHookArgs) -> None:
+    """The same for an error that ended a thread."""
+    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+        report_uncaught(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
 
 def silence_quoting() -> None:

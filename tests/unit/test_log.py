@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -18,11 +20,13 @@ SECRET = "SECRETNAME^CANARY"
 def stream() -> Iterator[io.StringIO]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    hooks = sys.excepthook, threading.excepthook
     stream = io.StringIO()
     set_up_logging("DEBUG", stream)
     yield stream
     root.handlers[:] = handlers
     root.setLevel(level)
+    sys.excepthook, threading.excepthook = hooks
 
 
 def raise_secret() -> None:
@@ -38,6 +42,29 @@ def test_traceback_of_a_foreign_exception_holds_its_class_and_place_only(stream:
     assert SECRET not in text
     assert "ValueError" in text
     assert "raise_secret" in text
+
+
+def test_an_error_that_nobody_caught_is_reported_without_its_text(stream: io.StringIO) -> None:
+    try:
+        raise_secret()
+    except ValueError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    text = stream.getvalue()
+    assert SECRET not in text
+    assert "ValueError" in text and "raise_secret" in text
+
+
+def test_an_error_that_ends_a_thread_is_reported_without_its_text(
+    stream: io.StringIO, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for work in (raise_secret, sys.exit):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    text = stream.getvalue()
+    assert SECRET not in text + capfd.readouterr().err
+    assert "ValueError" in text and "raise_secret" in text
+    assert "SystemExit" not in text
 
 
 def test_foreign_exception_as_an_argument_is_reduced_to_its_class(stream: io.StringIO) -> None:
