@@ -5,7 +5,7 @@
 Plain threads, no Celery. A task waits on its ticket; the ticket ends when every job of the message has an outcome in
 the store, or was given back. No ticket is ever left waiting: a stage that fails breaks all of them.
 
-A job that was started before and has no outcome may be what killed the process then. Such suspects run apart from
+A job whose last attempt has no outcome may be what killed the process then. Such suspects run apart from
 everything else in this process: the second time at most 8 together, from the third on alone. So a job that kills its
 process is known after three kills, and nobody who stood beside it loses a last attempt.
 """
@@ -92,13 +92,13 @@ class Ticket:
 
 @dataclass(slots=True)
 class Entry:
-    """One job of one message. `attempt`: how often it was started before, as far as is known."""
+    """One job of one message. `unanswered`: how many attempts it had without an outcome, as far as is known."""
 
     job_id: int
     urgency: int
     arrived: float
     ticket: Ticket
-    attempt: int = 0
+    unanswered: int = 0
     is_settled: bool = False
 
 
@@ -137,7 +137,9 @@ class Batcher:
         self._claimed: dict[int, list[Entry]] = {}  # jobs this process holds a lease on
         self._started: set[int] = set()  # those of them that a forward pass has seen
         self._forward_since: float | None = None
+        self._warm_since: float | None = None
         self._prepare_since: float | None = None
+        self._preparing: list[int] = []
         self._ahead = 0
         self._open_tickets = 0
         self._last_submit = time.monotonic()
@@ -216,10 +218,20 @@ class Batcher:
         with self._changed:
             return [job_id for job_id in self._claimed if job_id not in self._started]
 
+    def blame_prepared(self) -> None:
+        """Call the jobs being prepared started: the file of one of them keeps the process from going on."""
+        with self._changed:
+            self._started.update(self._preparing)
+
     @property
     def forward_seconds(self) -> float:
         """How long the present forward pass has been running; 0 when there is none."""
         return _measure_since(self._forward_since)
+
+    @property
+    def warm_seconds(self) -> float:
+        """How long a model has been made ready for the batch in the forward stage; 0 when none is."""
+        return _measure_since(self._warm_since)
 
     @property
     def prepare_seconds(self) -> float:
@@ -236,10 +248,10 @@ class Batcher:
 
     def _gather(self) -> None:
         while self._take_batch():
-            is_suspect = self._moving[0].attempt > 0
+            is_suspect = self._moving[0].unanswered > 0
             if not is_suspect:
                 self._part_suspects()
-            for batch in self._claim_moving(is_suspect):
+            for batch in self._claim_moving():
                 self._hand_over(batch)
             if is_suspect:
                 self._wait_alone()
@@ -252,7 +264,7 @@ class Batcher:
                 if self._closed:
                     return False
                 chosen = self._choose_entries()
-                if not chosen[0].attempt or not self._claimed:
+                if not chosen[0].unanswered or not self._claimed:
                     break
                 # A suspect is next: let the pipeline run empty, then look again, for something urgent may have come.
                 self._changed.wait()
@@ -278,14 +290,14 @@ class Batcher:
         aged = time.monotonic() - AGE_FLOOR_S
         ordered = sorted(self._buffer, key=lambda entry: (entry.urgency if entry.arrived > aged else 0, entry.arrived))
         first = ordered[0]
-        if not first.attempt:
-            return [entry for entry in ordered if not entry.attempt][: self._limits.max_batch]
-        if first.attempt == 1:
-            return [entry for entry in ordered if entry.attempt == 1][:SUSPECT_GROUP]
+        if not first.unanswered:
+            return [entry for entry in ordered if not entry.unanswered][: self._limits.max_batch]
+        if first.unanswered == 1:
+            return [entry for entry in ordered if entry.unanswered == 1][:SUSPECT_GROUP]
         return [entry for entry in ordered if entry.job_id == first.job_id]
 
     def _part_suspects(self) -> None:
-        """Keep the jobs that start for the first time; suspects go back to the buffer, marked; the rest is done with.
+        """Keep the jobs that are no suspects; suspects go back to the buffer, marked; the rest is done with.
 
         A job that is not queued is running elsewhere or has its outcome: the message came late or twice.
         """
@@ -300,13 +312,14 @@ class Batcher:
             self._settle([entry for entry in entries if entry.job_id not in attempts], Ending.DONE)
             self._put_back([entry for entry in entries if attempts.get(entry.job_id)], attempts)
 
-    def _claim_moving(self, is_suspect: bool) -> list[ReadyBatch]:
-        job_ids = sorted({entry.job_id for entry in self._moving})
+    def _claim_moving(self) -> list[ReadyBatch]:
+        known = {entry.job_id: entry.unanswered for entry in self._moving}
+        job_ids = sorted(known)
         claimed = self._insist(lambda: self._handler.claim_jobs(job_ids)) if job_ids else []
         self._note_claimed(claimed)
         if not claimed:
             return []
-        late = [] if is_suspect else [job for job in claimed if job.attempt > 1]
+        late = [job for job in claimed if job.unanswered > known[job.id]]
         if late:
             self._postpone(late)
         return self._prepare_jobs([job for job in claimed if job not in late] if late else claimed)
@@ -324,24 +337,26 @@ class Batcher:
             self._settle([entry for entry in entries if entry.job_id not in held], Ending.DONE)
 
     def _postpone(self, jobs: list[ClaimedJob]) -> None:
-        """Give back jobs that another worker claimed and lost between our look and our claim: they are suspects."""
-        attempts = {job.id: job.attempt - 1 for job in jobs}
+        """Give back jobs that another worker claimed and lost between our look and our claim: more suspect now."""
+        attempts = {job.id: job.unanswered for job in jobs}
         self._insist(lambda: self._handler.release_jobs(list(attempts)))
         with self._changed:
             self._put_back([entry for job_id in attempts for entry in self._claimed.pop(job_id, [])], attempts)
 
     def _put_back(self, entries: list[Entry], attempts: dict[int, int]) -> None:
         for entry in entries:
-            entry.attempt = attempts[entry.job_id]
+            entry.unanswered = attempts[entry.job_id]
         if self._stopping:
             self._settle(entries, Ending.RELEASED)
         else:
             self._buffer.extend(entries)
 
     def _prepare_jobs(self, jobs: list[ClaimedJob]) -> list[ReadyBatch]:
+        self._preparing = [job.id for job in jobs]
         self._prepare_since = time.monotonic()
         batches = self._insist(lambda: self._handler.prepare_batches(jobs)) if jobs and not self._stopping else None
         self._prepare_since = None
+        self._preparing = []
         if batches is None:
             self._release([job.id for job in jobs])
         return batches or []
@@ -360,7 +375,9 @@ class Batcher:
 
     def _forward(self) -> None:
         while (batch := self._ready.get()) is not None:
+            self._warm_since = time.monotonic()
             self._handler.warm_up(batch)
+            self._warm_since = None
             if self._start_batch(batch):
                 self._run_batch(batch)
             else:

@@ -6,7 +6,8 @@ A worker runs under a supervisor that starts it again. Whenever a new process is
     0       STOPPED   asked to stop (SIGTERM, SIGINT, --drain) and did so; do not start again
     70      BUG       a stage or duty failed in a way nobody foresaw; its log names where
     71      DEVICE    the device is lost (CUDA error); only a new process can use it
-    72      HUNG      a forward pass took longer than READROOM_BATCH_DEADLINE_S, or reading a batch twice that
+    72      HUNG      a forward pass took longer than READROOM_BATCH_DEADLINE_S, or twice that went by while a model was
+                      made ready or a batch was read
     73      STALLED   connected, but took nothing for READROOM_STALL_S while messages waited
     74      BROKER    Celery's consumer ended with an error
     75      QUICK     a second signal came; jobs in hand return when their lease ends
@@ -139,12 +140,18 @@ class Lifecycle:
     def check_deadline(self) -> None:
         """A thread cannot be stopped: a forward pass that hangs ends the process, and so does a file that never comes.
 
-        Preparing gets twice the time: a model may be fetched first. A decoder that hangs has its own deadline.
+        Getting ready gets twice the time: a model may be fetched first. A decoder that hangs has its own deadline. The
+        jobs of a batch whose files do not come are not given back as new, so that the culprit becomes a suspect; while
+        a model is made ready they may only be waiting for it.
         """
         deadline_s = self._settings.batch_deadline_s
         if self._batcher.forward_seconds > deadline_s:
             self.end_process(ExitCode.HUNG, f"a forward pass took over {deadline_s:g} s")
+        if self._batcher.warm_seconds > 2 * deadline_s:
+            self.end_process(ExitCode.HUNG, f"making a model ready took over {2 * deadline_s:g} s")
         if self._batcher.prepare_seconds > 2 * deadline_s:
+            if not self._batcher.warm_seconds:
+                self._batcher.blame_prepared()
             self.end_process(ExitCode.HUNG, f"reading a batch took over {2 * deadline_s:g} s")
 
     def check_stall(self) -> None:
@@ -207,6 +214,13 @@ class Lifecycle:
 
     def _obey(self) -> None:
         self._orders.get()
+        try:
+            self._stop_warmly()
+        except Exception as error:
+            logger.critical("stopping failed", exc_info=True)
+            self.end_process(ExitCode.BUG, f"stopping failed ({describe_error(error)})")
+
+    def _stop_warmly(self) -> None:
         logger.info("stopping: the batch in hand is finished, the rest is given back")
         self._intake.stop_taking()
         self._batcher.release_waiting()

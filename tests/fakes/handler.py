@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from readroom.records import ClaimedJob, GenerationSettings, ImageRef, JobKind, Outcome, Priority
 from worker.handle import BatchKey, ReadyBatch
@@ -17,6 +18,11 @@ class FakeRow:
     state: str = "queued"
     attempt: int = 0
     checkpoint: str = "dummy"
+    is_answered: bool = False  # whether the last attempt had an outcome
+
+    @property
+    def unanswered(self) -> int:
+        return 0 if self.is_answered else self.attempt
 
 
 @dataclass
@@ -45,7 +51,7 @@ class FakeHandler:
     def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]:
         self._note("find", job_ids)
         found = {job_id: self.rows[job_id] for job_id in job_ids if job_id in self.rows}
-        return {job_id: row.attempt for job_id, row in found.items() if row.state == "queued"}
+        return {job_id: row.unanswered for job_id, row in found.items() if row.state == "queued"}
 
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]:
         self._note("claim", job_ids)
@@ -88,16 +94,16 @@ class FakeHandler:
 
     def _claim(self, job_id: int) -> ClaimedJob:
         row = self.rows[job_id]
+        unanswered = row.unanswered
         row.state, row.attempt = "running", row.attempt + 1
         image = ImageRef(f"/nowhere/{job_id}", str(job_id))
-        return ClaimedJob(
-            job_id, JobKind.CAPTION, image, "dummy", row.checkpoint, SETTINGS, "", Priority.BULK, row.attempt
-        )
+        asked = ("dummy", row.checkpoint, SETTINGS, "", Priority.BULK)
+        return ClaimedJob(job_id, JobKind.CAPTION, image, *asked, row.attempt, unanswered)
 
     def _note(self, step: str, job_ids: Sequence[int]) -> None:
         self.log.append((step, list(job_ids)))
         self.trouble(step, list(job_ids))
 
 
-def make_rows(*job_ids: int, attempt: int = 0, checkpoint: str = "dummy") -> dict[int, FakeRow]:
-    return {job_id: FakeRow(attempt=attempt, checkpoint=checkpoint) for job_id in job_ids}
+def make_rows(*job_ids: int, **changes: Any) -> dict[int, FakeRow]:
+    return {job_id: FakeRow(**changes) for job_id in job_ids}

@@ -233,6 +233,71 @@ def test_a_job_lost_by_another_worker_between_look_and_claim_is_run_apart() -> N
     assert handler.rows[1].attempt == 3
 
 
+def test_a_suspect_lost_once_more_between_look_and_claim_runs_alone() -> None:
+    handler = FakeHandler(make_rows(1, 2, 3, attempt=1))
+
+    def lose_job(step: str, jobs: list[int]) -> None:
+        if (step, jobs) == ("claim", [1, 2, 3]):
+            handler.rows[1].attempt = 2
+
+    handler.trouble = lose_job
+    with run_batcher(handler, batch_wait_s=LONG_S, capacity=1) as batcher:
+        assert batcher.submit([1, 2, 3], Priority.BULK).wait(WAIT_S) is Ending.DONE
+
+    assert handler.batches == [[2, 3], [1]]
+    assert handler.rows[1].attempt == 3
+
+
+def test_jobs_that_are_tried_again_after_an_outcome_are_no_suspects() -> None:
+    handler = FakeHandler(make_rows(1, 2, attempt=2, is_answered=True) | make_rows(3, 4))
+    with run_batcher(handler, batch_wait_s=LONG_S) as batcher:
+        assert batcher.submit([1, 2, 3, 4], Priority.BULK).wait(WAIT_S) is Ending.DONE
+
+    assert handler.batches == [[1, 2, 3, 4]]
+
+
+@contextmanager
+def hold_step(handler: FakeHandler, step: str) -> Iterator[threading.Event]:
+    """Hold a step; the event tells that it is held."""
+    held, proceed = threading.Event(), threading.Event()
+
+    def hold(name: str, jobs: list[int]) -> None:
+        if name == step:
+            held.set()
+            proceed.wait(WAIT_S)
+
+    handler.trouble = hold
+    try:
+        yield held
+    finally:
+        proceed.set()
+
+
+def test_a_model_that_is_made_ready_is_timed_and_its_jobs_are_not_started() -> None:
+    handler = FakeHandler(make_rows(1))
+    with run_batcher(handler) as batcher:
+        with hold_step(handler, "warm") as held:
+            ticket = batcher.submit([1], Priority.BULK)
+            assert held.wait(WAIT_S)
+            assert batcher.warm_seconds > 0
+            assert batcher.forward_seconds == 0
+            assert batcher.jobs_unstarted() == [1]
+        assert ticket.wait(WAIT_S) is Ending.DONE
+        assert batcher.warm_seconds == 0
+
+
+def test_a_batch_whose_files_do_not_come_counts_as_started_when_it_is_blamed() -> None:
+    handler = FakeHandler(make_rows(1, 2))
+    with run_batcher(handler, batch_wait_s=LONG_S, capacity=1) as batcher, hold_step(handler, "prepare") as held:
+        batcher.submit([1, 2], Priority.BULK)
+        assert held.wait(WAIT_S)
+        assert batcher.jobs_unstarted() == [1, 2]
+
+        batcher.blame_prepared()
+
+        assert batcher.jobs_unstarted() == []
+
+
 def test_a_stop_finishes_the_batch_in_hand_and_gives_back_the_rest() -> None:
     handler = FakeHandler(make_rows(*range(1, 9)))
     handler.gate.clear()
