@@ -33,6 +33,8 @@ MAX_DETAIL_CHARS = 500
 UNLEASED: dict[str, Any] = {"lease_owner": None, "lease_until": None}
 # What a job loses when it goes back to its queue: its lease, and the message that held it.
 BACK_IN_QUEUE: dict[str, Any] = {**UNLEASED, "published_at": None, "started_at": None, "finished_at": None}
+# What a job loses besides when a person gives it a new start.
+FRESH: dict[str, Any] = {**BACK_IN_QUEUE, "attempt": 0, "reason": None, "detail": None, "not_before": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,14 @@ def forget_published(
     return len(ids)
 
 
+def revive_jobs(
+    connection: Connection, job_ids: Collection[int], submission_id: str, priority: Priority, moment: float
+) -> list[int]:
+    """Queue those of the jobs that were cancelled, with all their attempts, as this submission's own; their ids."""
+    fresh = FRESH | {"queued_at": moment, "submission_id": submission_id, "priority": priority}
+    return move_jobs(connection, job_ids, JobState.CANCELLED, JobState.QUEUED, **fresh)
+
+
 def raise_priority(connection: Connection, job_ids: Collection[int], priority: Priority) -> list[int]:
     """Move queued jobs of less urgent queues to this one; their ids. Their old messages do no harm."""
     lower = jobs.c.priority.in_(URGENCY[URGENCY.index(priority) + 1 :])
@@ -298,7 +308,7 @@ def requeue_failures(
     store: Store, job_ids: Collection[int] | None = None, submission: str | None = None, reason: str | None = None
 ) -> list[int]:
     """Queue failed jobs again with all their attempts; their ids. Without any filter: all failed jobs."""
-    fresh = BACK_IN_QUEUE | {"attempt": 0, "reason": None, "detail": None, "not_before": None, "queued_at": store.now()}
+    fresh = FRESH | {"queued_at": store.now()}
     return _move_failures(store, _failed(job_ids, submission, reason), JobState.QUEUED, fresh)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, func, select, update
 
-from db.jobs import linked_jobs, raise_priority
+from db.jobs import linked_jobs, raise_priority, revive_jobs
 from db.rows import insert_new
 from db.session import Store
 from db.studies import ImageKey, add_studies, image_key
@@ -81,7 +81,8 @@ class SubmissionRecord:
 class Added:
     """What became of one list of images.
 
-    queued: ids of the jobs that are new. already_done: jobs that existed before (whatever their state).
+    queued: ids of the jobs that are new, or were cancelled and are wanted again. already_done: jobs that existed before
+    (in any other state).
     resumed: jobs that this very submission had already, from before it was killed; in no other count.
     raised: ids of existing queued jobs that a more urgent submission moved to its queue; they need a new message.
     """
@@ -96,12 +97,16 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """A submission's totals as its rows say, over all its runs: the counts that a resumed `enqueue` reports."""
+    """A submission's totals as its rows say, over all its runs: the counts that a resumed `enqueue` reports.
+
+    `failed`: jobs among them that stand as dead letters.
+    """
 
     queued: int
     already_done: int
     studies: int
     images: int
+    failed: int = 0
 
 
 def open_submission(store: Store, plan: SubmissionPlan) -> str:
@@ -135,26 +140,31 @@ def add_images(store: Store, submission_id: str, plan: SubmissionPlan, found: Se
         image_ids, images_new = add_image_rows(connection, found, study_ids, moment)
         wanted = _want_jobs(plan, found)
         job_ids, queued = _add_jobs(connection, submission_id, plan, wanted, image_ids, moment)
-        links = _link_jobs(connection, submission_id, wanted, job_ids, image_ids)
+        linked = _link_jobs(connection, submission_id, wanted, job_ids, image_ids)
+        # Only what is linked just now: a resumed submission does not undo a drop.
+        revived = revive_jobs(connection, set(linked).difference(queued), submission_id, plan.priority, moment)
+        queued = sorted([*queued, *revived])
         raised = raise_priority(connection, set(job_ids.values()).difference(queued), plan.priority)
-        return Added(queued, links - len(queued), studies_new, images_new, len(wanted) - links, raised)
+        numbers = (len(linked) - len(queued), studies_new, images_new, len(wanted) - len(linked))
+        return Added(queued, *numbers, raised)
 
 
 def tally_submission(store: Store, submission_id: str) -> Tally:
-    """Count the submission's rows: its own jobs, those that others had made, its studies and images."""
+    """Count the submission's rows: its own jobs, those that others had made, its studies and images, dead letters."""
     link = submission_jobs.c
     counts = select(
         func.count(),
         func.count(jobs.c.id.distinct()).filter(jobs.c.submission_id == submission_id),
         func.count(images.c.study_id.distinct()),
         func.count(link.image_id.distinct()),
+        func.count(jobs.c.id.distinct()).filter(jobs.c.state == JobState.FAILED),
     )
     joined = submission_jobs.join(jobs, jobs.c.id == link.job_id).join(images, images.c.id == link.image_id)
     with store.read() as connection:
-        total, queued, studies, pictures = connection.execute(
+        total, queued, studies, pictures, failed = connection.execute(
             counts.select_from(joined).where(link.submission_id == submission_id)
         ).one()
-    return Tally(queued, total - queued, studies, pictures)
+    return Tally(queued, total - queued, studies, pictures, failed)
 
 
 def close_submission(store: Store, submission_id: str, counts: SubmissionCounts) -> None:
@@ -275,8 +285,8 @@ def _link_jobs(
     wanted: Sequence[_Wanted],
     job_ids: Mapping[str, int],
     image_ids: Mapping[ImageKey, int],
-) -> int:
-    """Link the jobs to the submission; how many links are new."""
+) -> list[int]:
+    """Link the jobs to the submission; the job of each link that is new."""
     rows = [
         {
             "submission_id": submission_id,
@@ -289,7 +299,7 @@ def _link_jobs(
         for one in wanted
     ]
     rows.sort(key=lambda row: (row["job_id"], row["item"]))
-    return len(insert_new(connection, submission_jobs, rows, [submission_jobs.c.job_id]))
+    return [row.job_id for row in insert_new(connection, submission_jobs, rows, [submission_jobs.c.job_id])]
 
 
 def _describe_plan(plan: SubmissionPlan) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def count_rows(store: Store, submission: str, walked: Walked, skipped: SkippedLo
         skipped=skipped,
         studies=tally.studies,
         images=walked.images,
+        already_failed=tally.failed,
     )
 
 

@@ -374,6 +374,9 @@ def print_counts(settings: Settings, counts: SubmissionCounts, dry_run: bool) ->
         click.echo(f"  {item.reason}: {show_name(item.item)}{f' ({item.detail})' if item.detail else ''}")
     if counts.skipped and not dry_run:
         click.echo(f"each with its reason: {settings.home_dir / 'submissions' / counts.submission / 'skipped.jsonl'}")
+    if counts.already_failed:
+        click.echo(f"{counts.already_failed:,} of its jobs are dead letters and stay so; to try them again: "
+                   f"readroom failures requeue --submission {counts.submission}", err=True)  # fmt: skip
     if counts.queued and not dry_run:
         click.echo(f"next: readroom status {counts.submission} --watch")
 

@@ -37,7 +37,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.QUEUED, JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset({JobState.QUEUED, JobState.CANCELLED}),  # only a person requeues or drops
-    JobState.CANCELLED: frozenset(),
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),  # only when somebody enqueues it again
 }
 
 
@@ -218,11 +218,13 @@ class SubmissionCounts:
     skipped: Sequence[SkippedItem] = field(default_factory=list)  # a producer's stands in a file, not in memory
     studies: int = 0
     images: int = 0
+    already_failed: int = 0  # of its jobs, those that stand as dead letters; told to people, not in the document
 
     def as_json(self) -> dict[str, Any]:
         """The document `enqueue --json` prints."""
         skipped = [asdict(item) for item in self.skipped]
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {"skipped": skipped}
+        names = [item.name for item in fields(self) if item.name != "already_failed"]
+        return {name: getattr(self, name) for name in names} | {"skipped": skipped}
 
 
 def digest_json(value: Any) -> str:

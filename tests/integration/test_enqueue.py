@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from db.jobs import unpublished_jobs
+from db.jobs import drop_failures, unpublished_jobs
 from db.session import Store, open_store, store_url
 from db.submissions import SubmissionPlan, SubmissionState, get_submission, list_submissions, open_submission
 from db.tables import images, jobs, studies, submission_jobs
@@ -25,10 +25,12 @@ from producer.enqueue import cut_length, enqueue
 from producer.images import scan_images
 from producer.pacs import scan_export
 from producer.skipped import SkippedLog, read_skipped, skipped_path
+from readroom.cli import print_counts
 from readroom.errors import BadCall, BrokerError, SourceError, StoreError
 from readroom.records import GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings, load_settings
 from tests import exports
+from tests.fakes.items import fail_jobs
 from tests.unit.test_coco import picture, write_coco
 
 Sent = list[tuple[str, str, list[int]]]
@@ -156,6 +158,24 @@ def test_a_rerun_enqueues_nothing_twice(settings: Settings, store: Store, queue:
         n: rows[n] for n in ("studies", "images", "jobs")
     }
     assert queue.ids == ids
+
+
+def test_a_rerun_publishes_cancelled_jobs_and_counts_dead_letters(
+    settings: Settings, store: Store, queue: Queue, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings, store, scan_export(export, settings), queue)
+    ids = sorted(queue.ids)
+    fail_jobs(store, ids[:5])
+    drop_failures(store, ids[:2])
+    queue.sent.clear()
+    counts = run(settings, store, scan_export(export, settings), queue)
+    assert (sorted(queue.ids), counts.queued, counts.already_done) == (ids[:2], 2, 17)
+    assert counts.already_failed == 3 and "already_failed" not in counts.as_json()
+    print_counts(settings, counts, dry_run=False)
+    said = capsys.readouterr()
+    assert "3 of its jobs are dead letters" in said.err
+    assert f"readroom failures requeue --submission {counts.submission}" in said.err
+    assert "dead letters" not in said.out
 
 
 def test_another_checkpoint_is_other_work(settings: Settings, store: Store, queue: Queue, export: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from db.jobs import claim_jobs, mark_published, unpublished_jobs
+from db.jobs import claim_jobs, drop_failures, list_failures, mark_published, unpublished_jobs
 from db.session import Store, now
 from db.submissions import (
     MAX_QUESTION_CHARS,
@@ -117,6 +117,33 @@ def test_a_second_submission_of_the_same_files_finds_its_jobs_done(store: Store)
     assert count_jobs(store, None) == counts
     tally = tally_submission(store, submission)
     assert (tally.queued, tally.already_done) == (2, 6)
+
+
+def test_a_new_submission_takes_up_cancelled_jobs_and_leaves_dead_letters_alone(store: Store) -> None:
+    ids = add_jobs(store, 4)
+    fail_jobs(store, ids[:3])
+    drop_failures(store, ids[:2])
+    plan = make_plan(source="/exports/copy", priority=Priority.STAT)
+    submission = open_submission(store, plan)
+    added = add_images(store, submission, plan, make_images(5))
+    assert (added.queued[:2], len(added.queued), added.already_done, added.raised) == (ids[:2], 3, 2, ids[3:])
+    assert [(one.id, one.attempt, one.priority) for one in claim_jobs(store, ids[:2], "w", 60)] == [
+        (job, 1, Priority.STAT) for job in ids[:2]
+    ]
+    tally = tally_submission(store, submission)
+    assert (tally.queued, tally.already_done, tally.failed) == (3, 2, 1)
+    assert [one.job for one in list_failures(store, submission)] == ids[2:3]
+
+
+def test_a_resumed_submission_does_not_take_up_what_was_dropped_meanwhile(store: Store) -> None:
+    plan = make_plan()
+    submission = open_submission(store, plan)
+    ids = add_images(store, submission, plan, make_images(2)).queued
+    fail_jobs(store, ids[:1])
+    drop_failures(store, ids[:1])
+    again = add_images(store, submission, plan, make_images(2))
+    assert (again.queued, again.already_done, again.resumed) == ([], 0, 2)
+    assert count_jobs(store, submission)[JobState.CANCELLED] == 1
 
 
 def test_another_checkpoint_settings_or_question_is_other_work(store: Store) -> None:

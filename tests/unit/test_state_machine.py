@@ -13,10 +13,10 @@ from readroom.records import FINAL_STATES, TRANSITIONS, JobState
 PAIRS = list(product(JobState, JobState))
 
 
-def test_the_machine_has_six_states_and_eleven_steps() -> None:
+def test_the_machine_has_six_states_and_twelve_steps() -> None:
     assert len(PAIRS) == 36
     assert set(TRANSITIONS) == set(JobState)
-    assert sum(len(targets) for targets in TRANSITIONS.values()) == 11
+    assert sum(len(targets) for targets in TRANSITIONS.values()) == 12
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -32,9 +32,12 @@ def test_no_state_leads_to_itself() -> None:
     assert all(state not in targets for state, targets in TRANSITIONS.items())
 
 
-def test_only_a_failed_job_leaves_a_final_state_and_only_by_a_persons_hand() -> None:
+def test_only_failed_and_cancelled_jobs_leave_a_final_state_and_only_by_a_persons_hand() -> None:
     left = {state: TRANSITIONS[state] for state in FINAL_STATES if TRANSITIONS[state]}
-    assert left == {JobState.FAILED: {JobState.QUEUED, JobState.CANCELLED}}
+    assert left == {
+        JobState.FAILED: {JobState.QUEUED, JobState.CANCELLED},
+        JobState.CANCELLED: {JobState.QUEUED},
+    }
 
 
 def test_every_state_is_reached_from_waiting() -> None:
