@@ -45,7 +45,9 @@ def store_url(settings: Settings) -> str:
     Raises SettingsError for another database or a malformed URL.
     """
     if settings.database_url is None:
-        return f"sqlite:///{settings.home_dir.absolute() / SQLITE_NAME}"
+        # Not pasted together: a home whose name holds `?` or `%` would lead elsewhere.
+        path = str(settings.home_dir.absolute() / SQLITE_NAME)
+        return URL.create("sqlite", database=path).render_as_string(hide_password=False)
     return name_driver(settings.database_url.get_secret_value())
 
 

@@ -44,18 +44,19 @@ SILENCE_S = 30.0
 ONCE = Retry(NoBackoff(), 0)
 _started: dict[int, subprocess.Popen[bytes]] = {}  # ours to reap, else they stay zombies
 
+# Paths are relative to the folder the server is started in: no folder's name needs quoting.
 CONFIG = """\
 bind {host}
 port {port}
 protected-mode yes
 requirepass {password}
-dir "{folder}"
+dir .
 daemonize no
 appendonly yes
 appendfsync everysec
 save ""
 maxmemory-policy noeviction
-logfile "{folder}/valkey.log"
+logfile valkey.log
 loglevel notice
 enable-debug-command no
 enable-module-command no
@@ -139,7 +140,7 @@ def _launch_server(folder: Path) -> BrokerHandle:
 
 
 def _run_server(folder: Path, port: int, password: str) -> BrokerHandle | None:
-    config = CONFIG.format(host=HOST, port=port, password=password, folder=folder)
+    config = CONFIG.format(host=HOST, port=port, password=password)
     _write_private(folder / "valkey.conf", config)
     process = subprocess.Popen(
         [find_binary(), str(folder / "valkey.conf")],

@@ -127,6 +127,17 @@ def test_a_silent_server_ends_before_another_one_writes_its_file(home: Path, mon
     assert after.port == silent.port
 
 
+def test_a_home_with_an_odd_name_has_a_broker(home: Path) -> None:
+    odd = home / 'a "b" \\ ü c'
+    try:
+        handle = broker.start_broker(odd)
+        assert broker.find_broker(odd) == handle
+        assert (odd / "broker" / "valkey.log").is_file()
+        assert (odd / "broker" / "appendonlydir").is_dir()
+    finally:
+        broker.stop_broker(odd)
+
+
 def test_the_broker_of_another_home_is_not_stopped(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
     handle = broker.start_broker(other)

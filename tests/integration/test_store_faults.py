@@ -293,3 +293,11 @@ def test_options_of_libpq_in_the_url_become_the_drivers(postgres_server: Postgre
         assert connection.scalar(text("SELECT inet_server_addr() IS NULL"))
         assert connection.scalar(text("SELECT current_setting('application_name')")) == "readroom"
     store.close()
+
+
+def test_home_with_signs_of_a_url_in_its_name_keeps_its_store(tmp_path: Path) -> None:
+    home = tmp_path / "h o?m%20e#x"
+    home.mkdir()
+    open_store(store_url(load_settings(home=home))).close()
+    assert (home / "readroom.sqlite3").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == [home.name]
