@@ -38,6 +38,8 @@ from worker.tasks import register_tasks
 logger = logging.getLogger(__name__)
 
 RUNNABLE_KINDS = (JobKind.CAPTION,)
+# Rounds of repair that a job waits for its next attempt: a mount that went away takes its time to come back.
+RETRY_ROUNDS = 2
 CANCEL_TIMEOUT_S = 2.0
 ACK_TIMEOUT_S = 5.0
 ACK_CHECK_S = 0.02
@@ -144,7 +146,8 @@ def _run_until_stopped(
 ) -> int:  # fmt: skip
     owner = f"{APP_NAME}-{secrets.token_hex(6)}"
     threads = concurrency or settings.concurrency
-    handler = JobHandler(store, engine, renderer, owner, settings.lease_s, settings.max_attempts)
+    retry_delay_s = RETRY_ROUNDS * settings.rescue_interval_s
+    handler = JobHandler(store, engine, renderer, owner, settings.lease_s, settings.max_attempts, retry_delay_s)
     limits = BatchLimits(settings.max_batch, settings.batch_wait_ms / 1000, threads)
     batcher = Batcher(handler, limits, lambda stage, error: lifecycle.end_broken(stage, error))
     intake = CeleryIntake(app, queue_names(kinds, PRIORITIES))

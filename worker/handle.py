@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +35,8 @@ from worker.engine import Engine, ModelFailure
 logger = logging.getLogger(__name__)
 
 DIGEST_THREADS = 4
+# A mount that is away for a moment, or a machine short of memory, looks like this: another time it may pass.
+PASSING_REASONS = frozenset({Reason.MISSING, Reason.UNREADABLE, Reason.DECODER_CRASHED})
 
 
 class Renderer(Protocol):
@@ -74,7 +77,10 @@ class ReadyBatch:
 
 @dataclass(frozen=True, slots=True)
 class JobHandler:
-    """The steps of a job with what they need. `owner` names this process on the leases it takes."""
+    """The steps of a job with what they need. `owner` names this process on the leases it takes.
+
+    A job that failed and may pass another time waits `retry_delay_s` for it.
+    """
 
     store: Store
     engine: Engine
@@ -82,9 +88,10 @@ class JobHandler:
     owner: str
     lease_s: float
     max_attempts: int
+    retry_delay_s: float = 0.0
 
     def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]:
-        """How often each of these jobs was started before; jobs that are not queued are left out."""
+        """How many attempts of each of these jobs are unanswered; jobs that are not queued are left out."""
         return job_rows.find_attempts(self.store, job_ids)
 
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]:
@@ -129,7 +136,7 @@ class JobHandler:
 
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> job_rows.Written:
         """Write what became of a batch, in one transaction. Raises StoreError."""
-        return job_rows.write_outcomes(self.store, outcomes, self.owner, self.max_attempts)
+        return job_rows.write_outcomes(self.store, outcomes, self.owner, self.max_attempts, self.retry_delay_s)
 
     def _prepare_group(self, key: BatchKey, jobs: list[ClaimedJob]) -> ReadyBatch:
         if key.kind is not JobKind.CAPTION:
@@ -142,7 +149,7 @@ class JobHandler:
         batch = ReadyBatch(key)
         for job, picture in zip(jobs, pictures, strict=True):
             if isinstance(picture, ImageError):
-                batch.failed.append(_fail_job(job, picture.reason, picture.detail))
+                batch.failed.append(_fail_job(job, picture.reason, picture.detail, picture.reason in PASSING_REASONS))
             else:
                 batch.jobs.append(job)
                 batch.images.append(picture)
@@ -163,10 +170,13 @@ class JobHandler:
 def check_file(ref: ImageRef) -> ImageError | None:
     """What is wrong with a file before it is decoded: gone, unreadable, or not the one that was enqueued.
 
-    Results are kept by content: a caption of other content must not stand under this digest.
+    Results are kept by content: a caption of other content must not stand under this digest. Producers store the path
+    of the file itself, so a link in its place is another file; a pipe in its place must not be waited for.
     """
     try:
-        with Path(ref.path).open("rb") as file:
+        with open(ref.path, "rb", opener=_open_itself) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return ImageError(Reason.UNREADABLE, "it is no regular file any more")
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ImageError(Reason.MISSING, "the file is no longer there")
@@ -175,6 +185,10 @@ def check_file(ref: ImageRef) -> ImageError | None:
     if ref.digest and digest != ref.digest:
         return ImageError(Reason.CHANGED, "the file's content changed after it was enqueued")
     return None
+
+
+def _open_itself(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def picture_digest(digest: str) -> Picture:
@@ -202,7 +216,7 @@ def _blame_model(error: Exception) -> tuple[str, str, bool]:
     """Reason, detail and whether a later attempt may pass, for an error that concerns a whole batch."""
     logger.warning("a batch could not be run: %s", describe_error(error))
     if isinstance(error, CheckpointError):
-        return Reason.CHECKPOINT, str(error), False
+        return Reason.CHECKPOINT, str(error), True  # another worker may have it
     if isinstance(error, OutOfMemory):
         return Reason.MODEL_FAILED, "the device has too little memory for the model", True
     # A store that is away while an evicted model is loaded again is no picture's fault.

@@ -118,7 +118,21 @@ def test_a_file_that_is_gone_or_changed_fails_with_its_reason(plant: Plant) -> N
     assert plant.start_worker(drain=True).wait() == ExitCode.STOPPED
     rows = plant.fetch_jobs(ids)
     assert (rows[2].reason, rows[4].reason) == (Reason.MISSING, Reason.CHANGED)
+    assert [row.attempt for row in rows] == [1, 1, plant.settings.max_attempts, *[1] * 7]
     assert plant.states() == {"succeeded": 8, "failed": 2}
+
+
+def test_a_file_that_comes_back_in_time_loses_nothing(start_plant: StartPlant) -> None:
+    plant = start_plant(rescue_interval_s=0.5)
+    ids = plant.enqueue(range(1, 11))
+    item = plant.home / "items" / "3.txt"
+    item.rename(item.with_suffix(".away"))
+    plant.start_worker()
+    wait_until(lambda: plant.fetch_jobs(ids)[2].reason == Reason.MISSING, "the first attempt")
+    item.with_suffix(".away").rename(item)
+    plant.wait_final(10)
+
+    assert plant.states() == {"succeeded": 10}
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +89,12 @@ def test_a_checkpoint_that_is_not_here_fails_its_jobs_with_the_remedy(sqlite_sto
     handler = make_handler(sqlite_store, lambda ref: locate_checkpoint(settings, sqlite_store, ref))  # type: ignore[arg-type,return-value]
     (job,) = add_jobs(sqlite_store, write_items(tmp_path, range(1, 2)), checkpoint="sha256:" + "0" * 64)
 
-    handler.write_outcomes(run_jobs(handler, [job]))
+    for attempt in range(1, handler.max_attempts + 1):
+        assert get_failure(sqlite_store, job) is None
+        assert handler.find_attempts([job]) == {job: 0}, "an answered attempt makes no suspect"
+        (outcome,) = run_jobs(handler, [job])
+        assert (outcome.attempt, outcome.retry) == (attempt, True)
+        handler.write_outcomes([outcome])
 
     failure = get_failure(sqlite_store, job)
     assert failure is not None
@@ -110,6 +118,74 @@ def test_a_profile_nobody_knows_fails_its_jobs_and_not_the_worker(sqlite_store: 
     outcomes = run_jobs(make_handler(sqlite_store, lambda ref: captioner), ids)
 
     assert {one.reason for one in outcomes} == {Reason.CHECKPOINT}
+
+
+class CrashingRenderer(PixelRenderer):
+    """Each decoder's process is ended from outside."""
+
+    def render_many(self, requests: Iterable[RenderRequest]) -> list[Picture | ImageError]:
+        return [ImageError(Reason.DECODER_CRASHED, "ended by SIGKILL") for _ in requests]
+
+
+def remove_file(path: Path) -> None:
+    path.unlink()
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_link(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+def change_file(path: Path) -> None:
+    path.write_text("another")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "retry"),
+    [
+        (remove_file, Reason.MISSING, True),
+        (put_pipe, Reason.UNREADABLE, True),
+        (put_link, Reason.UNREADABLE, True),
+        (change_file, Reason.CHANGED, False),
+    ],
+)
+def test_a_file_that_cannot_be_had_may_be_tried_again_and_one_that_changed_may_not(
+    sqlite_store: Store, tmp_path: Path, spoil: Callable[[Path], None], reason: Reason, retry: bool
+) -> None:
+    (item,) = write_items(tmp_path, range(1, 2))
+    ids = add_jobs(sqlite_store, [item])
+    spoil(Path(item.ref.path))
+
+    (outcome,) = run_jobs(make_handler(sqlite_store), ids)
+
+    assert (outcome.reason, outcome.retry) == (reason, retry)
+
+
+def test_a_file_that_gives_an_error_of_the_disk_may_be_tried_again(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    ids = add_jobs(sqlite_store, write_items(tmp_path, range(1, 2)))
+    monkeypatch.setattr("worker.handle.hashlib.file_digest", fail)
+
+    (outcome,) = run_jobs(make_handler(sqlite_store), ids)
+
+    assert (outcome.reason, outcome.retry) == (Reason.UNREADABLE, True)
+
+
+def test_a_decoder_that_was_ended_may_be_tried_again_later(sqlite_store: Store, tmp_path: Path) -> None:
+    ids = add_jobs(sqlite_store, write_items(tmp_path, range(1, 2)))
+    handler = replace(make_handler(sqlite_store, renderer=CrashingRenderer()), retry_delay_s=600.0)
+
+    assert handler.write_outcomes(run_jobs(handler, ids)).requeued == ids
+    assert handler.claim_jobs(ids) == []
 
 
 def test_a_model_that_looks_at_nothing_is_spared_the_decoding(sqlite_store: Store, tmp_path: Path) -> None:
