@@ -48,6 +48,13 @@ def test_links_of_page_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in list_anchors(file), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_page_brings_no_pickled_weights(page: Path) -> None:
+    # The `main` of BLIP's hub repositories holds pickles, which workers refuse: they are converted, not downloaded.
+    commands = [block.text for block in read_blocks(page) if block.language == "bash"]
+    assert [text for text in commands if re.search(r"hf download Salesforce/blip", text)] == []
+
+
 def test_every_page_of_docs_is_linked_from_its_index() -> None:
     linked = {(ROOT / "docs" / t.split("#")[0]).resolve() for t in read_links(ROOT / "docs" / "README.md")}
     decisions = ROOT / "docs" / "decisions"
