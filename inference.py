@@ -7,7 +7,7 @@ from readroom.settings import load_settings
 
 
 def generate_caption(image: Any, model: str | None = None) -> Any:
-    """What `image` shows. `model`: a folder, a hub id or `bundled`; default READROOM_BLIP_MODEL, else BLIP base."""
+    """What `image` shows. `model`: folder, hub id, `bundled` (no registry); else READROOM_BLIP_MODEL or BLIP base."""
     chosen = load_settings()
     name = model or chosen.blip_model or "Salesforce/blip-image-captioning-base"
     return caption(image, name, chosen.device, chosen.precision, chosen.num_beams, chosen.max_new_tokens)

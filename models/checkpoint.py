@@ -1,7 +1,8 @@
 """Checkpoints as folders: what they are called, what they hold, and whether they still hold it. Knows no torch.
 
 A checkpoint folder holds `manifest.json`, `*.safetensors` and the tokenizer's files, flat. Its ref is what results
-carry: `sha256:<digest>` for a folder, `hub:owner/name@revision` for a hub id, `dummy:...` for the weightless one.
+carry: `sha256:<digest>` for a folder, `hub:owner/name@commit` for a hub id, `dummy:...` for the weightless one. Here a
+hub id keeps the branch it was given, `models.hub` finds its commit.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LOADABLE_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinj
 PICKLE_SUFFIXES = frozenset({".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle"})
 HASHED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model"})
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 CONVERT_REMEDY = "Convert it once: readroom checkpoints add PATH --convert"
 SHA256_HEX = re.compile(r"^[0-9a-f]{64}$")
 

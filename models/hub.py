@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+from models.checkpoint import COMMIT_ID, CheckpointSource, read_json
 from readroom.errors import CheckpointBroken, CheckpointMissing
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,24 @@ SAFE_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "*.md", "LICENSE
 # The hub's own bot opens a pull request with this title whose only change is the same weights as safetensors.
 CONVERSION_TITLE = "Adding `safetensors` variant of this model"
 CONVERSION_AUTHOR = "SFconvertbot"
+HUB_TIMEOUT_S = 5.0
 NO_FALLBACK = "READROOM_BLIP_MODEL=bundled is a toy for trying Readroom out"
+
+
+def pin_source(source: CheckpointSource) -> CheckpointSource:
+    """The same checkpoint by the commit its branch or tag names now, which never moves; as it was when nobody knows.
+
+    Asks the hub, then its cache on this machine.
+    """
+    repo, _, revision = source.location.partition("@")
+    return _name_commit(source, _ask_commit(repo, revision) or _find_cached(repo, revision) or revision)
+
+
+def fetch_source(source: CheckpointSource) -> CheckpointSource:
+    """Download a checkpoint, and name it by the commit and the family of what came. Errors as `fetch_snapshot`."""
+    folder = fetch_snapshot(source.location)
+    family = str(read_json(folder / "config.json").get("model_type") or source.family)
+    return replace(_name_commit(source, folder.name), family=family)
 
 
 def fetch_snapshot(location: str) -> Path:
@@ -70,24 +89,51 @@ def download_files(repo: str, revision: str, patterns: list[str]) -> Path:
 
 
 def find_conversion(repo: str, commit: str) -> str | None:
-    """The pull request of the hub's bot that adds safetensors on top of `commit`; None when there is none or offline.
+    """The commit of the hub's bot that adds safetensors on top of `commit`; None when there is none or offline.
 
     Author, title and parent are all checked, as anybody may open a pull request.
     """
     try:
-        return next(
-            (talk.git_reference for talk in get_repo_discussions(repo) if _is_conversion(repo, talk, commit)), None
-        )
-    except (HfHubHTTPError, OSError):
+        found = (_read_conversion(repo, talk, commit) for talk in get_repo_discussions(repo))
+        return next(filter(None, found), None)
+    except Exception:  # the HTTP library's own errors, of which huggingface_hub translates only some
         return None
 
 
-def _is_conversion(repo: str, talk: Any, commit: str) -> bool:
+def _read_conversion(repo: str, talk: Any, commit: str) -> str | None:
     by_bot = talk.is_pull_request and talk.author == CONVERSION_AUTHOR and talk.title == CONVERSION_TITLE
     if not by_bot or talk.status != "open":
-        return False
+        return None
     commits = HfApi().list_repo_commits(repo, revision=talk.git_reference)
-    return len(commits) > 1 and commits[1].commit_id == commit
+    return str(commits[0].commit_id) if len(commits) > 1 and commits[1].commit_id == commit else None
+
+
+def _name_commit(source: CheckpointSource, revision: str) -> CheckpointSource:
+    location = f"{source.location.partition('@')[0]}@{revision}"
+    return replace(source, ref=f"hub:{location}", location=location)
+
+
+def _ask_commit(repo: str, revision: str) -> str | None:
+    """The commit whose weights `fetch_snapshot` takes; None when the hub does not say."""
+    if COMMIT_ID.fullmatch(revision):
+        return revision
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+    except Exception:  # unknown, private, offline: not known here, whatever the HTTP library calls it
+        return None
+    if info.sha is None or any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
+        return info.sha
+    return find_conversion(repo, info.sha) or info.sha
+
+
+def _find_cached(repo: str, revision: str) -> str | None:
+    """The commit that the cache holds for a branch or tag; None when it holds none."""
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return commit if COMMIT_ID.fullmatch(commit) and (folder / "snapshots" / commit).is_dir() else None
 
 
 def _explain_pickles(repo: str) -> str:

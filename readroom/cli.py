@@ -576,13 +576,18 @@ def drop_failures(
 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id [READROOM_BLIP_MODEL].")
+@click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id [READROOM_BLIP_MODEL]; "
+              "default the registry's active one.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines.")
 def caption(images: tuple[Path, ...], model: str | None, as_json: bool) -> None:
     """Caption images now, without any queue: files or folders of DICOM, JPEG, PNG and so on."""
-    from readroom.captions import caption_now
+    from readroom.captions import caption_now, choose_captioner, warn_captioner
 
-    rows = caption_now(load_settings(), images, model)
+    settings = load_settings()
+    source = choose_captioner(settings, model)
+    if note := warn_captioner(source):
+        click.echo(note, err=True)
+    rows = caption_now(settings, images, source)
     if as_json:
         print_json(rows)
     else:

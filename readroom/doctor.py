@@ -167,16 +167,18 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """The configured captioner exists and its files are what its manifest says."""
-    from models.checkpoint import resolve_checkpoint, verify_folder
-    from readroom.intake import DEFAULT_BLIP
+    """The captioner that `enqueue` would choose exists and its files are what its manifest says."""
+    from models.checkpoint import verify_folder
+    from readroom.intake import existing_store, look_up_checkpoint
 
-    name = settings.blip_model or DEFAULT_BLIP
-    source = resolve_checkpoint(name)
+    with existing_store(settings) as store:
+        source = look_up_checkpoint(settings, store, "blip", None)
     if source.manifest is not None:
         verify_folder(source.location)
-    licence = f", {source.manifest.licence}, for {source.manifest.allowed_use}" if source.manifest else ""
-    yield Finding("model", "ok", f"BLIP: {source.name}{licence}")
+    licence = source.manifest.licence if source.manifest else ""
+    use = source.manifest.allowed_use if source.manifest else ""
+    told = f"{f', {licence}' if licence else ''}{f', for {use}' if use else ''}"
+    yield Finding("model", "ok", f"BLIP: {source.name}{told}")
     if source.ref.startswith("hub:"):
         yield Finding("model", "note", "hub weights are fetched at the first use, unless they are cached already")
 

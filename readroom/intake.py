@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from readroom.errors import BadCall, SettingsError
+from readroom.errors import BadCall, CheckpointBroken, SettingsError
 from readroom.records import FoundImage, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings
 
 if TYPE_CHECKING:
+    from db.checkpoints import CheckpointRecord
     from db.session import Store
     from db.submissions import SubmissionPlan
     from models.checkpoint import CheckpointSource
@@ -116,31 +118,64 @@ def plan_submission(settings: Settings, store: Store, intake: Intake) -> Submiss
 
 
 def choose_checkpoint(
-    settings: Settings, store: Store, family: str, model: str | None, remember: bool
+    settings: Settings, store: Store | None, family: str, model: str | None, remember: bool
 ) -> CheckpointSource:
-    """The checkpoint by name: the command's, the setting's, the registry's active one, else BLIP-base from the hub.
+    """As `look_up_checkpoint`; hub checkpoints by the commit, where it can be told.
 
     `remember` puts it into the registry, where workers find it by its ref.
     """
-    from db.checkpoints import active_checkpoint, find_checkpoint
-    from models.checkpoint import resolve_checkpoint
-    from readroom.registry import record_source
+    from readroom.registry import pin_checkpoint, record_source
 
-    name = model or settings.blip_model
-    known = find_checkpoint(store, name) if name else active_checkpoint(store, family)
-    if known is not None:
-        return resolve_checkpoint(known.location)
-    source = name_model(settings, model)
-    if remember:
+    source = pin_checkpoint(look_up_checkpoint(settings, store, family, model))
+    if remember and store is not None:
         record_source(store, source)
     return source
 
 
-def name_model(settings: Settings, model: str | None) -> CheckpointSource:
-    """The checkpoint by name where no registry is asked."""
+def look_up_checkpoint(settings: Settings, store: Store | None, family: str, model: str | None) -> CheckpointSource:
+    """The checkpoint by name: the command's, the setting's, the registry's active one, else BLIP-base from the hub.
+
+    Names are looked up in the registry first; `store` None means there is none. Touches no network.
+    Raises CheckpointMissing or CheckpointBroken, also when the registered folder holds another checkpoint by now.
+    """
     from models.checkpoint import resolve_checkpoint
 
-    return resolve_checkpoint(model or settings.blip_model or DEFAULT_BLIP)
+    name = model or settings.blip_model
+    known = find_registered(store, family, name) if store is not None else None
+    if known is None:
+        return resolve_checkpoint(name or DEFAULT_BLIP)
+    found = resolve_checkpoint(known.location)
+    if found.ref == known.ref:
+        return replace(found, name=known.name, family=known.family)
+    if name == "bundled":  # another release of Readroom brought another one
+        return resolve_checkpoint(name)
+    raise CheckpointBroken(
+        f"the folder of checkpoint {known.name} holds another one by now", "Add it again: readroom checkpoints add"
+    )
+
+
+def find_registered(store: Store, family: str, name: str | None) -> CheckpointRecord | None:
+    """The registered checkpoint of that name, without a name the active one of the family; None when none is."""
+    from db.checkpoints import active_checkpoint, find_checkpoint
+
+    if name:
+        return find_checkpoint(store, name)
+    return active_checkpoint(store, family) or find_checkpoint(store, DEFAULT_BLIP)
+
+
+@contextmanager
+def existing_store(settings: Settings) -> Iterator[Store | None]:
+    """The store of these settings; None, and nothing is made, where it is an SQLite file that does not exist."""
+    from db.session import open_store, store_url
+
+    if settings.database_url is None and not (settings.home_dir / "readroom.sqlite3").exists():
+        yield None
+        return
+    store = open_store(store_url(settings))
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def choose_generation(settings: Settings, source: CheckpointSource) -> GenerationSettings:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from readroom.errors import CheckpointMissing
 from readroom.settings import Settings
 
 if TYPE_CHECKING:
@@ -12,12 +14,15 @@ if TYPE_CHECKING:
     from db.session import Store
     from models.checkpoint import CheckpointSource
 
+log = logging.getLogger(__name__)
+
 
 def register_checkpoint(
     settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
 ) -> CheckpointRecord:
     """Verify, copy under the home, and record a checkpoint; `activate` serves it to new jobs.
 
+    A hub checkpoint is recorded by its commit; to be activated it is downloaded first.
     One that is known already gets the name given now, if any, and the place and manifest found now.
 
     Raises CheckpointMissing or CheckpointBroken with what to do.
@@ -25,6 +30,8 @@ def register_checkpoint(
     from db.checkpoints import get_checkpoint, renew_checkpoint, set_active
 
     found = convert_source(settings, source) if convert else find_source(settings, source)
+    if found.ref.startswith("hub:"):
+        found = fetch_checkpoint(found) if activate else pin_checkpoint(found)
     known = get_checkpoint(store, found.ref)
     renew_checkpoint(store, replace(describe_source(found), name=name or (known.name if known else found.name)))
     if activate:
@@ -55,6 +62,34 @@ def convert_source(settings: Settings, source: str) -> CheckpointSource:
     from models.convert import convert_blip
 
     return find_source(settings, str(convert_blip(source, settings.home_dir / "checkpoints")))
+
+
+def pin_checkpoint(source: CheckpointSource) -> CheckpointSource:
+    """A hub checkpoint by the commit its branch names now; any other, and one that nobody knows here, as it is."""
+    from models.checkpoint import COMMIT_ID
+
+    if not source.ref.startswith("hub:"):
+        return source
+    try:
+        from models.hub import pin_source
+    except ImportError:  # a producer needs no huggingface_hub
+        pinned = source
+    else:
+        pinned = pin_source(source)
+    if not COMMIT_ID.fullmatch(pinned.location.partition("@")[2]):
+        log.warning("neither the hub nor its cache tells the commit of %s: results name the branch", source.location)
+    return pinned
+
+
+def fetch_checkpoint(source: CheckpointSource) -> CheckpointSource:
+    """A hub checkpoint, downloaded, by the commit that came. Raises CheckpointMissing or CheckpointBroken."""
+    try:
+        from models.hub import fetch_source
+    except ImportError:
+        raise CheckpointMissing(
+            "a hub checkpoint cannot be looked at without huggingface_hub", "pip install 'readroom[models]'"
+        ) from None
+    return fetch_source(source)
 
 
 def record_source(store: Store, source: CheckpointSource) -> None:

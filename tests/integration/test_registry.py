@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
 
-from db.checkpoints import get_checkpoint
-from db.session import Store
+from db.checkpoints import get_checkpoint, set_active
+from db.session import Store, open_store, store_url
+from models import hub
 from models.checkpoint import resolve_checkpoint, verify_folder
+from readroom.captions import choose_captioner, list_pictures
+from readroom.doctor import check_model
+from readroom.errors import CheckpointBroken, CheckpointMissing, ItemError
 from readroom.intake import choose_checkpoint
 from readroom.registry import register_checkpoint
 from readroom.settings import Settings, load_settings
@@ -19,7 +31,7 @@ from worker.app import locate_checkpoint
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return load_settings(home=tmp_path / "home")
+    return load_settings(home=tmp_path / "home", blip_model="")
 
 
 @pytest.fixture
@@ -62,3 +74,178 @@ def test_a_folder_used_without_adding_it_is_remembered_by_its_whole_path(
     record = get_checkpoint(sqlite_store, ref)
     assert record is not None
     assert record.location == str(plain_folder)
+
+
+def test_a_registered_folder_that_became_another_checkpoint_is_refused(
+    settings: Settings, sqlite_store: Store, plain_folder: Path
+) -> None:
+    set_active(sqlite_store, choose_checkpoint(settings, sqlite_store, "blip", str(plain_folder), remember=True).ref)
+    (plain_folder / "vocab.txt").write_text("other")
+    with pytest.raises(CheckpointBroken, match="holds another one"):
+        choose_checkpoint(settings, sqlite_store, "blip", None, remember=False)
+
+
+# Hub ids -------------------------------------------------------------------------------------------------------------
+
+REPO = "someone/blip-small"
+FIRST, SECOND, CONVERTED = "1" * 40, "2" * 40, "c" * 40
+
+
+class Hub:
+    """The hub as far as commits go: `main` moves, and it may be away."""
+
+    def __init__(self) -> None:
+        self.commit: str | None = FIRST
+        self.files = ["model.safetensors"]
+
+    def model_info(self, _api: Any, repo: str, *, revision: str, **_named: Any) -> SimpleNamespace:
+        assert (repo, revision) == (REPO, "main")
+        if self.commit is None:
+            raise OfflineModeIsEnabled
+        return SimpleNamespace(sha=self.commit, siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    made = Hub()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **named: made.model_info(*given, **named))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return made
+
+
+def fill_cache(cache: Path, folder: Path, commit: str) -> None:
+    """Lay a folder out as the hub's cache does."""
+    repo = cache / f"models--{REPO.replace('/', '--')}"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+
+
+def test_a_hub_checkpoint_is_named_by_its_commit_and_stays_there(
+    settings: Settings, sqlite_store: Store, online: Hub
+) -> None:
+    first = choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True)
+    assert first.ref == f"hub:{REPO}@{FIRST}"
+    online.commit = SECOND
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == first.ref
+    assert locate_checkpoint(settings, sqlite_store, first.ref).location == f"{REPO}@{FIRST}"
+    record = register_checkpoint(settings, sqlite_store, REPO, name=None, activate=False, convert=False)
+    assert record.ref == f"hub:{REPO}@{SECOND}"
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == record.ref
+
+
+def test_a_commit_given_is_kept_and_nobody_is_asked(settings: Settings, sqlite_store: Store, online: Hub) -> None:
+    found = choose_checkpoint(settings, sqlite_store, "blip", f"{REPO}@{SECOND}", remember=True)
+    assert found.ref == f"hub:{REPO}@{SECOND}"
+
+
+def test_offline_the_cache_tells_the_commit(
+    settings: Settings, sqlite_store: Store, online: Hub, plain_folder: Path, tmp_path: Path
+) -> None:
+    online.commit = None
+    fill_cache(tmp_path / "hub", plain_folder, SECOND)
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == f"hub:{REPO}@{SECOND}"
+
+
+def test_where_nobody_knows_the_commit_the_branch_stays_and_that_is_said(
+    settings: Settings, sqlite_store: Store, online: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    online.commit = None
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == f"hub:{REPO}@main"
+    assert f"{REPO}@main: results name the branch" in caplog.text
+
+
+def test_without_huggingface_hub_the_branch_stays(
+    settings: Settings, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "models.hub", None)
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == f"hub:{REPO}@main"
+    with pytest.raises(CheckpointMissing, match="huggingface_hub"):
+        register_checkpoint(settings, sqlite_store, REPO, name=None, activate=True, convert=False)
+
+
+def test_the_hubs_own_conversion_is_named_by_its_commit(
+    settings: Settings, sqlite_store: Store, online: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online.files = ["pytorch_model.bin"]
+    talk = SimpleNamespace(author=hub.CONVERSION_AUTHOR, title=hub.CONVERSION_TITLE, is_pull_request=True,
+                           status="open", git_reference="refs/pr/7")  # fmt: skip
+    commits = [SimpleNamespace(commit_id=CONVERTED), SimpleNamespace(commit_id=FIRST)]
+    monkeypatch.setattr(hub, "get_repo_discussions", lambda repo: iter([talk]))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", lambda self, repo, revision: commits)
+    assert choose_checkpoint(settings, sqlite_store, "blip", REPO, remember=True).ref == f"hub:{REPO}@{CONVERTED}"
+
+
+def test_a_hub_checkpoint_that_cannot_be_had_is_not_activated(
+    settings: Settings, sqlite_store: Store, online: Hub
+) -> None:
+    online.commit = None
+    with pytest.raises(CheckpointMissing, match=REPO):
+        register_checkpoint(settings, sqlite_store, REPO, name=None, activate=True, convert=False)
+    assert choose_checkpoint(settings, sqlite_store, "blip", None, remember=False).ref.startswith("hub:Salesforce/")
+
+
+def test_an_activated_hub_checkpoint_is_the_one_that_was_downloaded(
+    settings: Settings, sqlite_store: Store, online: Hub, plain_folder: Path, tmp_path: Path
+) -> None:
+    online.commit = None
+    fill_cache(tmp_path / "hub", plain_folder, SECOND)
+    record = register_checkpoint(settings, sqlite_store, REPO, name="chest", activate=True, convert=False)
+    assert (record.ref, record.name, record.family) == (f"hub:{REPO}@{SECOND}", "chest", "blip")
+    assert choose_checkpoint(settings, sqlite_store, "blip", None, remember=False).ref == record.ref
+
+
+def test_asking_for_a_commit_loads_no_torch() -> None:
+    code = "import models.hub, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# One image, now ------------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_asks_the_registry_as_enqueue_does(settings: Settings, plain_folder: Path) -> None:
+    settings.home_dir.mkdir()
+    store = open_store(store_url(settings))
+    record = register_checkpoint(settings, store, str(plain_folder), name="chest", activate=True, convert=False)
+    store.close()
+    assert choose_captioner(settings, "chest").ref == choose_captioner(settings, None).ref == record.ref
+    assert choose_captioner(settings, "bundled").name == "bundled"
+    assert [finding.text for finding in check_model(settings)] == ["BLIP: chest"]
+
+
+def test_a_caption_makes_no_home_of_its_own(settings: Settings) -> None:
+    assert choose_captioner(settings, "bundled").name == "bundled"
+    assert not settings.home_dir.exists()
+
+
+def test_rows_name_images_by_the_path_as_given_in_valid_unicode(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "films" / os.fsdecode(b"M\xfcller")
+    odd.mkdir(parents=True)
+    picture = odd / os.fsdecode(b"p\xe9.png")
+    Image.new("L", (8, 8), 9).save(picture)
+    (odd / "empty.png").touch()
+    monkeypatch.chdir(tmp_path)
+    rows = [row for path in (Path("films"), picture) for row in list_pictures(settings, path)]
+    escaped = r"M\udcfcller/p\udce9.png"
+    assert {name for name, _ in rows[:2]} == {rf"films/{escaped}", r"films/M\udcfcller/empty.png"}
+    assert rows[2] == (f"{tmp_path}/films/{escaped}", picture)
+    for name, found in rows:
+        json.dumps(name, ensure_ascii=False).encode()
+        assert isinstance(found, ItemError) == name.endswith("empty.png")
+        assert isinstance(found, ItemError) or found.samefile(picture)
+
+
+@pytest.mark.parametrize(("model", "times"), [("bundled", 1), ("dummy", 0)])
+def test_a_caption_of_the_bundled_model_comes_with_one_warning(tmp_path: Path, model: str, times: int) -> None:
+    picture = tmp_path / "p.png"
+    Image.new("L", (8, 8), 9).save(picture)
+    environment = os.environ | {"READROOM_HOME": str(tmp_path / "home"), "READROOM_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "readroom.cli", "caption", "--json", "--model", model, str(picture), str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert len(json.loads(done.stdout)) == 2
+    assert done.stderr.count("bundled is a small model for trying things out") == times
+    assert done.stderr.count("AI drafts, not for diagnosis") == times
