@@ -28,6 +28,7 @@ from db.submissions import (
 from producer.index import open_temporary
 from producer.pacs import Found, digest_span, skip
 from producer.skipped import SkippedLog, skipped_path
+from producer.spool import sync_content
 from producer.walk import open_file
 from readroom.errors import BrokerError, SourceError
 from readroom.records import FoundImage, JobKind, Priority, Reason, SkippedItem, SubmissionCounts
@@ -180,6 +181,7 @@ class Desk:
 
     def add_list(self, images: Sequence[FoundImage]) -> None:
         """Commit the rows of a list of images, then publish the jobs that are new."""
+        sync_content(self._settings.home_dir, (image.ref.path for image in images))
         for kind in self._plan.kinds:
             added = add_images(self._store, self._submission, replace(self._plan, kinds=(kind,)), images)
             self._resumed += added.resumed

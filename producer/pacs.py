@@ -19,7 +19,7 @@ from producer.archive import Member, is_archive, is_packed, read_archive
 from producer.dicom import Header, check_picture, is_dicom, judge_identity, read_header
 from producer.index import Content, ExportIndex
 from producer.media import list_missing
-from producer.spool import Held, Spool
+from producer.spool import Held, Spool, spool_folder
 from producer.walk import Entry, clean_item, find_source, open_file, walk_tree
 from readroom.errors import SourceError
 from readroom.log import silence_quoting
@@ -43,7 +43,7 @@ def scan_export(path: Path, settings: Settings, keep: bool = True) -> Iterator[F
     Raises BadCall when nothing is at `path`.
     """
     source = find_source(path)
-    return _scan(source, settings, Spool(settings.home_dir / "spool" if keep else None))
+    return _scan(source, settings, Spool(spool_folder(settings.home_dir) if keep else None))
 
 
 def _scan(source: Path, settings: Settings, spool: Spool) -> Iterator[Found]:

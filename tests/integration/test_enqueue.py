@@ -18,7 +18,14 @@ from sqlalchemy import select
 
 from db.jobs import drop_failures, unpublished_jobs
 from db.session import Store, open_store, store_url
-from db.submissions import SubmissionPlan, SubmissionState, get_submission, list_submissions, open_submission
+from db.submissions import (
+    SubmissionPlan,
+    SubmissionState,
+    add_images,
+    get_submission,
+    list_submissions,
+    open_submission,
+)
 from db.tables import images, jobs, studies, submission_jobs
 from producer.coco import read_coco
 from producer.enqueue import cut_length, enqueue
@@ -201,6 +208,30 @@ def test_an_archive_is_the_same_work_as_its_folder(
     (tmp_path / "a.zip").write_bytes(exports.zip_bytes(exports.good_files()))
     counts = run(settings, store, scan_export(tmp_path / "a.zip", settings), queue, make_plan("zip"))
     assert (counts.queued, counts.already_done) == (0, 17)
+
+
+def test_members_of_an_archive_are_on_the_disk_before_a_row_names_them(
+    settings: Settings, store: Store, queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    at_commit: list[list[str]] = []
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def note_commit(*arguments: Any) -> Any:
+        at_commit.append(list(synced))
+        return add_images(*arguments)
+
+    monkeypatch.setattr("os.fsync", note_sync)
+    monkeypatch.setattr("producer.enqueue.add_images", note_commit)
+    exports.write_files(tmp_path / "in", {"plain": exports.good_files()["A/dx.dcm"]})
+    (tmp_path / "in" / "a.zip").write_bytes(exports.zip_bytes({"b": exports.good_files()["B/ap.dcm"]}))
+    run(settings, store, scan_export(tmp_path / "in", settings), queue)
+    spool = settings.home_dir / "spool"
+    (kept,) = [path for path in spool.rglob("*") if path.is_file()]
+    ((first, *folders),) = at_commit
+    assert (first, set(folders)) == (str(kept), {str(kept.parent), str(spool), str(settings.home_dir)})
 
 
 def test_a_dry_run_writes_nothing(settings: Settings, store: Store, queue: Queue, export: Path) -> None:
