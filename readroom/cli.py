@@ -622,7 +622,7 @@ def list_checkpoints(settings: Settings, store: Store, as_json: bool) -> None:
 @click.argument("name")
 @with_store
 def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
-    """Show one checkpoint with its manifest. NAME: its name, or the start of its ref."""
+    """Show one checkpoint with its manifest. NAME: its name, or the start of its ref (8 characters or more)."""
     from db.checkpoints import find_checkpoint
 
     record = find_checkpoint(store, name)
