@@ -337,6 +337,9 @@ def submit(kind: str, path: Path, extra: dict[str, Any], **options: Any) -> None
     with intake_progress() as report:
         counts = run_intake(settings, intake, report)
     print_json(counts.as_json()) if options["as_json"] else print_counts(settings, counts, intake.dry_run)
+    if counts.already_failed:
+        click.echo(f"{counts.already_failed:,} of its jobs are dead letters and stay so; to try them again: "
+                   f"readroom failures requeue --submission {counts.submission}", err=True)  # fmt: skip
     sys.exit(ITEMS_FAILED if damaged_items(counts.skipped) else 0)
 
 
@@ -374,9 +377,6 @@ def print_counts(settings: Settings, counts: SubmissionCounts, dry_run: bool) ->
         click.echo(f"  {item.reason}: {show_name(item.item)}{f' ({item.detail})' if item.detail else ''}")
     if counts.skipped and not dry_run:
         click.echo(f"each with its reason: {settings.home_dir / 'submissions' / counts.submission / 'skipped.jsonl'}")
-    if counts.already_failed:
-        click.echo(f"{counts.already_failed:,} of its jobs are dead letters and stay so; to try them again: "
-                   f"readroom failures requeue --submission {counts.submission}", err=True)  # fmt: skip
     if counts.queued and not dry_run:
         click.echo(f"next: readroom status {counts.submission} --watch")
 
