@@ -17,6 +17,7 @@ from celery import Celery
 
 BASE_S = float(os.environ.get("PEER_BASE_MS", "5")) / 1000
 ITEM_S = float(os.environ.get("PEER_ITEM_MS", "0.5")) / 1000
+INTERVAL_S = float(os.environ.get("PEER_INTERVAL_S", "1"))
 BATCH = int(os.environ.get("PEER_BATCH", "64"))
 DATABASE = os.environ.get("PEER_DATABASE", ":memory:")
 
@@ -75,7 +76,7 @@ except ImportError:  # the benchmark says so; its other rows do not need it
 
 if Batches is not None:
 
-    @app.task(name="peers.caption_batch", base=Batches, flush_every=BATCH, flush_interval=0.05)
+    @app.task(name="peers.caption_batch", base=Batches, flush_every=BATCH, flush_interval=INTERVAL_S)
     def caption_batch(requests: list[Any]) -> None:
         """celery-batches: the worker buffers messages and calls this with a list."""
         write_rows(run_model([request.args[0] for request in requests]))
