@@ -337,10 +337,15 @@ def submit(kind: str, path: Path, extra: dict[str, Any], **options: Any) -> None
     with intake_progress() as report:
         counts = run_intake(settings, intake, report)
     print_json(counts.as_json()) if options["as_json"] else print_counts(settings, counts, intake.dry_run)
+    name_failed(counts)
+    sys.exit(ITEMS_FAILED if damaged_items(counts.skipped) else 0)
+
+
+def name_failed(counts: SubmissionCounts) -> None:
+    """Say on standard error, beside JSON too, that some of these jobs failed earlier and stay so."""
     if counts.already_failed:
         click.echo(f"{counts.already_failed:,} of its jobs are dead letters and stay so; to try them again: "
                    f"readroom failures requeue --submission {counts.submission}", err=True)  # fmt: skip
-    sys.exit(ITEMS_FAILED if damaged_items(counts.skipped) else 0)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from readroom.log import describe_error, set_up_logging
 from readroom.messages import queue_names
 from readroom.records import JobKind
 from readroom.settings import MEBIBYTE, Settings
-from readroom.transport import APP_NAME, KINDS, PRIORITIES, make_celery, queue_depths
+from readroom.transport import APP_NAME, KINDS, PRIORITIES, check_broker, make_celery, queue_depths
 from worker.batcher import Batcher, BatchLimits
 from worker.engine import Engine, LoadCaptioner
 from worker.handle import JobHandler, Renderer
@@ -130,6 +130,7 @@ def run_worker(
     check_kinds(kinds)
     set_up_worker_logging(settings)
     app = make_celery(settings, broker_url(settings, start=True))
+    check_broker(app)  # later it may go and come back; at the start a wrong address or password must be said
     store = open_store(store_url(settings))
     eyes = renderer or make_renderer(settings)
     try:

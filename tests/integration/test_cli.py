@@ -138,6 +138,16 @@ def test_up_says_when_the_store_cannot_be_had_and_leaves_nothing_running(run: Ru
     assert "nothing was up" in run("down").stdout
 
 
+def test_worker_that_cannot_use_its_broker_says_so_and_ends(run: Run, home: Path, pictures: Path) -> None:
+    run("enqueue", "images", str(pictures))  # starts the embedded broker
+    port = (home / "broker" / "port").read_text()
+    refused = run("worker", "--drain", status=1, READROOM_BROKER_URL=f"redis://:hunter2@127.0.0.1:{port}/0")
+    assert "refuses the password" in refused.stderr
+    assert "hunter2" not in refused.stderr
+    silent = run("worker", "--drain", status=1, READROOM_BROKER_URL="redis://:hunter2@127.0.0.1:9/0")
+    assert "does not answer" in silent.stderr
+
+
 def test_doctor_names_a_variable_that_means_nothing(run: Run) -> None:
     findings = json.loads(run("doctor", "--json", READROOM_DATABASE_ULR="x").stdout)
     assert any("READROOM_DATABASE_ULR" in finding["text"] for finding in findings)

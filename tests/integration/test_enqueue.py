@@ -32,7 +32,7 @@ from producer.enqueue import cut_length, enqueue
 from producer.images import scan_images
 from producer.pacs import scan_export
 from producer.skipped import SkippedLog, read_skipped, skipped_path
-from readroom.cli import print_counts
+from readroom.cli import name_failed
 from readroom.errors import BadCall, BrokerError, SourceError, StoreError
 from readroom.records import GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings, load_settings
@@ -178,7 +178,7 @@ def test_a_rerun_publishes_cancelled_jobs_and_counts_dead_letters(
     counts = run(settings, store, scan_export(export, settings), queue)
     assert (sorted(queue.ids), counts.queued, counts.already_done) == (ids[:2], 2, 17)
     assert counts.already_failed == 3 and "already_failed" not in counts.as_json()
-    print_counts(settings, counts, dry_run=False)
+    name_failed(counts)
     said = capsys.readouterr()
     assert "3 of its jobs are dead letters" in said.err
     assert f"readroom failures requeue --submission {counts.submission}" in said.err
