@@ -73,25 +73,13 @@ def with_store(command: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> R:
+        from readroom.intake import opened_store
+
         settings = load_settings()
         with opened_store(settings) as store:
             return command(settings, store, *args, **kwargs)
 
     return wrapped
-
-
-@contextmanager
-def opened_store(settings: Settings) -> Iterator[Store]:
-    """The store of these settings, closed afterwards."""
-    from db.session import open_store, store_url
-    from readroom.intake import prepare_home
-
-    prepare_home(settings)
-    store = open_store(store_url(settings))
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def terminal(stderr: bool = False) -> Console:
@@ -157,7 +145,7 @@ def demo(output: Path, studies: int, scenes: int, seed: int) -> None:
 def up(workers: int, queue: str, flower: bool, foreground: bool) -> None:
     """Start the local stack: broker, workers, Flower. What dies is started again."""
     from readroom import stack
-    from readroom.intake import prepare_home
+    from readroom.intake import opened_store, prepare_home
 
     settings = load_settings()
     prepare_home(settings)

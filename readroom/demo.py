@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from readroom.errors import BadCall, ReadroomError
-from readroom.intake import EXPECTED_REASONS, Intake, run_intake
+from readroom.intake import EXPECTED_REASONS, Intake, opened_store, run_intake
 from readroom.records import JobState, Priority, SubmissionCounts
 from readroom.settings import Settings, load_settings
 from readroom.sheet import SheetEntry, write_sheet
@@ -180,23 +180,19 @@ def wait_for_jobs(
     settings: Settings, submissions: list[SubmissionCounts], worker: subprocess.Popen[bytes], console: Console
 ) -> None:
     """Show a bar until every job is final. Raises ReadroomError when the worker ends or time is up."""
-    from db.session import open_store, store_url
     from db.submissions import count_jobs
     from readroom.records import FINAL_STATES
 
     total = sum(counts.queued for counts in submissions)
     deadline = time.monotonic() + WAIT_LIMIT_S
-    store = open_store(store_url(settings))
     columns = (TextColumn("  captions"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("captions", total=total)
-            while (done := sum(n for s, n in count_jobs(store, None).items() if s in FINAL_STATES)) < total:
-                progress.update(bar, completed=done)
-                check_worker(worker, deadline)
-                time.sleep(0.2)
-    finally:
-        store.close()
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with opened_store(settings) as store, bars as progress:
+        bar = progress.add_task("captions", total=total)
+        while (done := sum(n for s, n in count_jobs(store, None).items() if s in FINAL_STATES)) < total:
+            progress.update(bar, completed=done)
+            check_worker(worker, deadline)
+            time.sleep(0.2)
 
 
 def check_worker(worker: subprocess.Popen[bytes], deadline: float) -> None:
@@ -231,16 +227,12 @@ def show_outcome(
     """Print captions, reasons and times, write the sheet; returns 0 when every job succeeded."""
     from db.jobs import list_failures
     from db.results import iter_results
-    from db.session import open_store, store_url
     from db.submissions import count_jobs
 
-    store = open_store(store_url(settings))
-    try:
+    with opened_store(settings) as store:
         films, scenes = (list(iter_results(store, counts.submission)) for counts in submissions)
         counts = count_jobs(store, None)
         failed = list_failures(store)
-    finally:
-        store.close()
     console.print(caption_table([*films, *scenes]), skipped_table(submissions))
     for row in failed:
         console.print(f"[red]job {row.job} failed: {row.reason} {row.detail}[/]")

@@ -121,23 +121,19 @@ def check_store_url(url: str) -> Iterator[Finding]:
 def check_store(settings: Settings) -> Iterator[Finding]:
     """The store answers; what waits in it; dead letters."""
     from db.jobs import oldest_queued_age
-    from db.session import open_store, store_url
     from db.submissions import count_jobs
+    from readroom.intake import existing_store
     from readroom.records import JobState
 
-    url = store_url(settings)
-    kind = urlsplit(url).scheme.split("+")[0]
     if settings.database_url is not None:
         yield from check_store_url(settings.database_url.get_secret_value())
-    if settings.database_url is None and not (settings.home_dir / "readroom.sqlite3").exists():
-        yield Finding("store", "note", "SQLite under the home, not made yet")
-        return
-    store = open_store(url)
-    try:
+    with existing_store(settings) as store:
+        if store is None:
+            yield Finding("store", "note", "SQLite under the home, not made yet")
+            return
+        kind = store.dialect
         counts = count_jobs(store, None)
         age = oldest_queued_age(store, ("caption",))
-    finally:
-        store.close()
     yield Finding("store", "ok", f"{kind}; {sum(counts.values()):,} jobs, {counts.get(JobState.QUEUED, 0):,} queued")
     if counts.get(JobState.FAILED):
         yield Finding("store", "note", f"{counts[JobState.FAILED]:,} dead letters", "readroom failures list")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,16 +57,10 @@ def run_intake(
 
     Raises BadCall when the path does not exist, BrokerError and StoreError when these do not answer.
     """
-    from db.session import open_store, store_url
-
     if not intake.path.exists():
         raise BadCall(f"nothing stands at {intake.path}", "Give the folder, archive or file to enqueue.")
-    prepare_home(settings)
-    store = open_store(store_url(settings))
-    try:
+    with opened_store(settings) as store:
         return submit_intake(settings, store, intake, report)
-    finally:
-        store.close()
 
 
 def submit_intake(
@@ -164,18 +158,25 @@ def find_registered(store: Store, family: str, name: str | None) -> CheckpointRe
 
 
 @contextmanager
-def existing_store(settings: Settings) -> Iterator[Store | None]:
-    """The store of these settings; None, and nothing is made, where it is an SQLite file that does not exist."""
+def opened_store(settings: Settings) -> Iterator[Store]:
+    """The store of these settings, made where it does not exist, closed afterwards."""
     from db.session import open_store, store_url
 
-    if settings.database_url is None and not (settings.home_dir / "readroom.sqlite3").exists():
+    prepare_home(settings)
+    with closing(open_store(store_url(settings))) as store:
+        yield store
+
+
+@contextmanager
+def existing_store(settings: Settings) -> Iterator[Store | None]:
+    """The store of these settings; None, and nothing is made, where it is an SQLite file that does not exist."""
+    from db.session import SQLITE_NAME, open_store, store_url
+
+    if settings.database_url is None and not (settings.home_dir / SQLITE_NAME).exists():
         yield None
         return
-    store = open_store(store_url(settings))
-    try:
+    with closing(open_store(store_url(settings))) as store:
         yield store
-    finally:
-        store.close()
 
 
 def choose_generation(settings: Settings, source: CheckpointSource) -> GenerationSettings:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-MANIFEST = "manifest.json"
-
 
 def write_preprocessor(folder: Path, size: int, mean: list[float], std: list[float]) -> None:
     """The preprocessor_config.json that transformers' BLIP image processors read; resample 3 is BICUBIC."""
