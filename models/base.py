@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from readroom.records import GeneratedText, GenerationSettings
+from readroom.records import GeneratedText, GenerationSettings, ImageRef
 
 Picture = npt.NDArray[np.uint8]
 """One picture: uint8, H x W (grey) or H x W x 3 (RGB). Ready as it is when H == W == image_size and RGB."""
@@ -23,11 +23,20 @@ Batch = Any
 Raw = Any
 
 
+class ItemReader(Protocol):
+    """How a model gets what it sees when that is no picture: detector features that were computed long before."""
+
+    def read(self, ref: ImageRef) -> Any:
+        """What the model's `prepare` takes in the place of a picture. Any thread. Raises ImageError."""
+        ...
+
+
 class Model(Protocol):
     """What every model says of itself.
 
     `checkpoint` is the ref results carry, `profile` names the preprocessing of models/pixels.py it was trained with,
-    `image_size` is the side in pixels of the square picture it sees, `defaults` the settings it was made for.
+    `image_size` is the side in pixels of the square picture it sees, `defaults` the settings it was made for. `reader`
+    is None for a model that sees pixels; else it is asked for what stands in a picture's place.
     """
 
     @property
@@ -40,6 +49,8 @@ class Model(Protocol):
     def image_size(self) -> int: ...  # noqa: D102
     @property
     def defaults(self) -> GenerationSettings: ...  # noqa: D102
+    @property
+    def reader(self) -> ItemReader | None: ...  # noqa: D102
 
     def generate(self, batch: Batch, settings: GenerationSettings) -> Raw:
         """Run the model. Raises OutOfMemory (a smaller batch may pass) or DeviceBroken (end this process)."""
