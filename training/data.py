@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch.nn import functional
 
+from training.findings import Truth
 from training.phantom_text import caption_truth
 from training.radiographs import draw_radiograph
 from training.scenes import draw_scene
@@ -54,15 +55,21 @@ def fit_picture(picture: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def make_radiograph(size: int, seed: int) -> tuple[NDArray[np.uint8], str]:
-    """The film of `seed` at the model's size, and its caption."""
+def make_film(size: int, seed: int) -> tuple[NDArray[np.uint8], Truth]:
+    """The film of `seed` at the model's size, and what is true of it."""
     rng = np.random.default_rng([3, seed])
     height = int(rng.choice(HEIGHTS, p=HEIGHT_SHARES))
     film = draw_radiograph(seed, height, lateral=bool(rng.random() < LATERAL_SHARE))
     picture = Image.fromarray(film.pixels)
     if rng.random() < EQUALISED_SHARE:
         picture = ImageOps.equalize(picture)
-    return fit_picture(picture, size), caption_truth(film.truth)
+    return fit_picture(picture, size), film.truth
+
+
+def make_radiograph(size: int, seed: int) -> tuple[NDArray[np.uint8], str]:
+    """The film of `seed` at the model's size, and its caption."""
+    pixels, truth = make_film(size, seed)
+    return pixels, caption_truth(truth)
 
 
 def make_scene(size: int, seed: int) -> tuple[NDArray[np.uint8], str]:
