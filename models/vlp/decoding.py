@@ -1,0 +1,270 @@
+"""Writing captions: each next token is read off one [MASK] behind the tokens known so far, greedily or by beams.
+
+Keys and values of prefix and tokens are kept, those of the [MASK] are written over by the next step. The rules are the
+release's (BeamSearch in pytorch_pretrained_bert/modeling.py; SPEC sections 10 and 11), a beam of 1 is its greedy
+search. It always runs to the greatest length; we stop once no hypothesis can overtake the best finished one, which
+changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.vlp.layout import TASK_NUMBERS, SpecialIds, decode_types, prefix_ids
+from models.vlp.network import LayerCache, SeenRegions, VlpModel
+from readroom.errors import BadCall
+
+FORBIDDEN = -10000.0  # the release's; hypotheses below half of it are no candidates of anything
+SMALLEST_NGRAM = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How captions are searched. Lengths in tokens, the greatest counts the final [SEP].
+
+    `length_bonus` is added to a hypothesis' log-probability for each token. `ngram_size` 0: repetitions are allowed;
+    else no n-gram comes twice in a caption, except through the tokens `free_ids`.
+    """
+
+    num_beams: int = 1
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    length_bonus: float = 0.0
+    ngram_size: int = 0
+    free_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raise BadCall for what cannot be searched."""
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise BadCall("a search needs at least one beam and one token")
+        if self.ngram_size < 0 or 0 < self.ngram_size < SMALLEST_NGRAM:
+            raise BadCall(f"repeated n-grams are found from n = {SMALLEST_NGRAM} on")
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Every step of a search: [N, T, K] scores (cumulative log-probability), tokens, and which slot each continues."""
+
+    scores: Tensor
+    tokens: Tensor
+    parents: Tensor
+
+    def find_last(self, end: int) -> Tensor:
+        """[N]: the first frame whose slots all hold `end`, else the last; later ones mean nothing."""
+        finished = (self.tokens == end).all(dim=2)
+        last = torch.full_like(finished[:, 0], self.tokens.shape[1] - 1, dtype=torch.long)
+        return torch.where(finished.any(dim=1), finished.int().argmax(dim=1), last)
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """Token ids of each caption, its end included, and its score: log-probability plus bonus.
+
+    `logits` holds [N * K, V] for each step (N at the first), only where they were asked for.
+    """
+
+    tokens: tuple[list[int], ...]
+    scores: tuple[float, ...]
+    frames: Frames
+    logits: tuple[Tensor, ...] = ()
+
+    def mean_scores(self, options: SearchOptions) -> tuple[float, ...]:
+        """Mean log-probability of a caption's tokens, its end included."""
+        pairs = zip(self.scores, self.tokens, strict=True)
+        return tuple(score / len(tokens) - options.length_bonus for score, tokens in pairs)
+
+
+class Writer:
+    """The incremental decoder: prefix once, then two positions a step, the token just chosen and a fresh [MASK]."""
+
+    def __init__(self, model: VlpModel, regions: SeenRegions, special: SpecialIds, steps: int) -> None:
+        """Read the regions of N pictures and make room for `steps` tokens. Raises BadCall when that is too many."""
+        if model.config.prefix_length + steps > model.config.max_position_embeddings:
+            raise BadCall("more tokens are asked for than the model has positions")
+        self.model, self.special = model, special
+        self.prefix = model.config.prefix_length
+        self.types = decode_types(model.config, steps).to(model.device)
+        self.rows = len(regions.features)
+        self.caches = [self._make_cache(steps) for _ in range(model.config.num_hidden_layers)]
+        ids = torch.tensor([prefix_ids(model.config, special)], device=model.device).expand(self.rows, -1)
+        types = self.types[: self.prefix].expand(self.rows, -1)
+        model.bert.encoder(model.embed(regions, ids, types), None, self.caches)
+        self._set_length(self.prefix)
+
+    def write(self, chosen: Tensor | None) -> Tensor:
+        """LM logits [rows, V] of the next token; `chosen` [rows] are the tokens of the step before, None at first."""
+        masks = torch.full((self.rows, 1), self.special.mask, device=self.model.device)
+        ids = masks if chosen is None else torch.cat([chosen[:, None], masks], dim=1)
+        start, count = self.caches[0].length, ids.shape[1]
+        positions = torch.arange(start, start + count, device=ids.device)
+        hidden = self.model.bert.embeddings(ids, self.types[positions].expand(self.rows, -1), positions)
+        visible = None
+        if chosen is not None:  # the token does not see the [MASK] behind it
+            visible = torch.ones(2, start + count, dtype=torch.bool, device=ids.device)
+            visible[0, -1] = False
+        hidden = self.model.bert.encoder(hidden, visible, self.caches)
+        self._set_length(start + count - 1)
+        return self.model.predict_tokens(hidden[:, -1], TASK_NUMBERS["s2s"]).float()
+
+    def widen(self, slots: int) -> None:
+        """Give each picture `slots` rows that start alike."""
+        self.rows *= slots
+        for cache in self.caches:
+            cache.keys = cache.keys.repeat_interleave(slots, dim=0)
+            cache.values = cache.values.repeat_interleave(slots, dim=0)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row `rows[i]` wrote. Only within a picture: the prefix stays where it is."""
+        for cache in self.caches:
+            written = slice(self.prefix, cache.length)
+            cache.keys[:, :, written] = cache.keys[rows, :, written]
+            cache.values[:, :, written] = cache.values[rows, :, written]
+
+    def _make_cache(self, steps: int) -> LayerCache:
+        config = self.model.config
+        size = config.hidden_size // config.num_attention_heads
+        shape = (self.rows, config.num_attention_heads, self.prefix + steps, size)
+        keys = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        return LayerCache(keys, torch.empty_like(keys), 0)
+
+    def _set_length(self, length: int) -> None:
+        for cache in self.caches:
+            cache.length = length
+
+
+def search_captions(
+    model: VlpModel,
+    regions: SeenRegions,
+    special: SpecialIds,
+    options: SearchOptions,
+    whole: bool = False,
+    keep_logits: bool = False,
+) -> Searched:
+    """Captions of N pictures. `whole` runs to the greatest length as the release does; the captions are the same."""
+    writer = Writer(model, regions, special, options.max_new_tokens)
+    count, beams = writer.rows, options.num_beams
+    scores: list[Tensor] = []
+    tokens: list[Tensor] = []
+    parents: list[Tensor] = []
+    kept: list[Tensor] = []
+    texts: list[list[int]] = [[] for _ in range(count)]
+    best = torch.full((count,), -torch.inf, device=model.device)
+    chosen: Tensor | None = None
+    for step in range(options.max_new_tokens):
+        logits = writer.write(chosen)
+        if keep_logits:
+            kept.append(logits)
+        steps = torch.log_softmax(logits, dim=-1)
+        forbid_tokens(steps, texts, step, options, special.end)
+        ranked = rank_slots(steps, scores, tokens, count, beams, special.end)
+        scores.append(ranked[0])
+        tokens.append(ranked[1])
+        parents.append(ranked[2])
+        best = torch.maximum(best, best_finished(ranked[0], ranked[1], step, options, special.end))
+        if not whole and is_settled(ranked[0], ranked[1], best, options, special.end):
+            break
+        if step == 0:
+            writer.widen(beams)
+            texts = [text for text in texts for _ in range(beams)]
+        elif beams > 1:
+            writer.reorder((ranked[2] + torch.arange(count, device=model.device)[:, None] * beams).flatten())
+        chosen = ranked[1].flatten()
+        if options.ngram_size:
+            texts = extend_texts(texts, ranked[1], ranked[2] if step else torch.zeros_like(ranked[2]), beams)
+    frames = Frames(torch.stack(scores, 1), torch.stack(tokens, 1), torch.stack(parents, 1))
+    found, totals = trace_best(frames, options.length_bonus, special.end)
+    return Searched(found, totals, frames, tuple(kept))
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+
+def forbid_tokens(steps: Tensor, texts: Sequence[Sequence[int]], step: int, options: SearchOptions, end: int) -> None:
+    """Lower in place what may not come next in `steps` [rows, V]: a repeated n-gram, an end too early."""
+    if options.ngram_size:
+        for row, text in enumerate(texts):
+            repeated = find_repeated(text, options.ngram_size, options.free_ids)
+            steps[row, repeated] += FORBIDDEN
+    if step + 1 <= options.min_new_tokens:
+        steps[:, end] = FORBIDDEN
+
+
+def find_repeated(text: Sequence[int], size: int, free: frozenset[int]) -> list[int]:
+    """The tokens that would complete an n-gram which `text` holds already."""
+    tail = list(text[len(text) - size + 1 :])
+    if len(text) < size or any(token in free for token in tail):
+        return []
+    starts = range(len(text) - size + 1)
+    found = {text[start + size - 1] for start in starts if list(text[start : start + size - 1]) == tail}
+    return sorted(found - free)
+
+
+def rank_slots(
+    steps: Tensor, scores: Sequence[Tensor], tokens: Sequence[Tensor], count: int, beams: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Totals, tokens and parents [N, K] of the next frame, best first.
+
+    Each slot proposes its K best tokens; one that ended falls out by a great malus.
+    """
+    proposed, proposals = steps.topk(beams, dim=-1)
+    if not scores:
+        return proposed, proposals, torch.zeros_like(proposals)
+    ended = (tokens[-1] == end).flatten()[:, None]
+    totals = proposed + (ended * FORBIDDEN + scores[-1].flatten()[:, None])
+    best, places = totals.view(count, beams * beams).topk(beams, dim=-1)
+    return best, proposals.view(count, beams * beams).gather(1, places), places // beams
+
+
+def extend_texts(texts: Sequence[Sequence[int]], tokens: Tensor, parents: Tensor, beams: int) -> list[list[int]]:
+    """What each of the N * K rows holds after a frame."""
+    rows = zip(tokens.tolist(), parents.tolist(), strict=True)
+    return [
+        [*texts[picture * beams + parent], token]
+        for picture, (chosen, origins) in enumerate(rows)
+        for token, parent in zip(chosen, origins, strict=True)
+    ]
+
+
+def best_finished(scores: Tensor, tokens: Tensor, step: int, options: SearchOptions, end: int) -> Tensor:
+    """[N]: the best score of a hypothesis that ends in this frame, minus infinity where none does."""
+    ended = torch.where(tokens == end, scores + options.length_bonus * (step + 1), -torch.inf)
+    return ended.max(dim=1).values
+
+
+def is_settled(scores: Tensor, tokens: Tensor, best: Tensor, options: SearchOptions, end: int) -> bool:
+    """Whether no slot can still overtake its picture's best: totals only fall, and the bonus has a greatest value."""
+    reach = scores + max(0.0, options.length_bonus) * options.max_new_tokens
+    return bool((torch.where(tokens == end, -torch.inf, reach) <= best[:, None]).all())
+
+
+def trace_best(frames: Frames, bonus: float, end: int) -> tuple[tuple[list[int], ...], tuple[float, ...]]:
+    """The best caption of each picture and its score: of all that ended, and of the last valid frame's slots.
+
+    On ties the first wins, frame by frame, then slot by slot.
+    """
+    _, length, beams = frames.tokens.shape
+    last = frames.find_last(end).cpu()[:, None, None]
+    scores, tokens = frames.scores.cpu(), frames.tokens.cpu()
+    numbers = torch.arange(length)[None, :, None]
+    candidate = ((tokens == end) & (numbers <= last)) | (numbers == last)
+    rated = torch.where(candidate, scores + bonus * (numbers + 1), -torch.inf).flatten(1)
+    best = rated.argmax(dim=1)
+    found = [
+        trace_back(tokens[row].tolist(), frames.parents[row].tolist(), int(place) // beams, int(place) % beams)
+        for row, place in enumerate(best)
+    ]
+    return tuple(found), tuple(rated.gather(1, best[:, None])[:, 0].tolist())
+
+
+def trace_back(tokens: list[list[int]], parents: list[list[int]], frame: int, slot: int) -> list[int]:
+    """The tokens that lead to a slot of a frame."""
+    text = [tokens[frame][slot]]
+    while frame > 0:
+        slot = parents[frame][slot]
+        frame -= 1
+        text.append(tokens[frame][slot])
+    return text[::-1]
