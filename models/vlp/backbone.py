@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING
@@ -100,7 +99,7 @@ def check_keys(found: dict[str, Any], kind: str) -> None:
 
 def save_provider_files(network: Any, folder: Path) -> None:
     """Write a network's config and weights into a checkpoint folder; weights that are one tensor are written once."""
-    document = {"model_type": network.config.model_type, **network.config.to_dict()}
+    document = {key: value for key, value in network.config.to_dict().items() if key != "_name_or_path"}
     (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights: dict[str, torch.Tensor] = {}
     written: set[int] = set()

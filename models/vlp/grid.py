@@ -18,11 +18,11 @@ from models.blip import BlipParts, normalise_pixels, stack_pictures
 from models.device import translate_device_errors
 from models.vlp.backbone import load_network, save_provider_files
 from models.vlp.regions import Regions, RegionSpec
-from readroom.errors import BadCall, CheckpointBroken, EngineError
+from readroom.errors import CheckpointBroken, ReadroomError
 
 __all__ = ["GridProvider", "cell_boxes", "load_grid", "save_provider_files"]
 
-# Tokens before the grid: a class token, a distillation token, registers.
+# Tokens before the grid, registers aside: a class token and a distillation token.
 MAX_LEADING = 2
 
 
@@ -52,43 +52,81 @@ class GridProvider:
 
     def look(self, pixels: Tensor) -> Regions:
         """The regions of normalised pictures (N, 3, S, S); gradients flow to the backbone's weights."""
-        features, _ = self._run(pixels)
+        features = self._run(pixels)[0].float()
         number, count = features.shape[:2]
-        return Regions(
-            features=features.float(),
-            classes=features.new_zeros((number, count, 0), dtype=torch.float32),
-            boxes=self.boxes.expand(number, -1, -1),
-        )
+        return Regions(features, features.new_zeros((number, count, 0)), self.boxes.expand(number, -1, -1))
 
     def module(self) -> nn.Module:
         """The backbone."""
         return cast(nn.Module, self.model)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Features [N, h * w, F] and (h, w)."""
+        """Features [N, h * w, F] and the grid's (h, w)."""
         hidden = self.model(pixels).last_hidden_state
         if hidden.ndim == 4:
             return hidden.flatten(2).transpose(1, 2), (hidden.shape[2], hidden.shape[3])
         rows, columns = read_grid(self.model.config, self.spec.image_size)
-        return hidden[:, hidden.shape[1] - rows * columns :], (rows, columns)
+        leading = hidden.shape[1] - rows * columns
+        registers = int(getattr(self.model.config, "num_register_tokens", 0))
+        if not 0 <= leading <= MAX_LEADING + registers:
+            raise CheckpointBroken("the backbone's tokens are no grid of its patches")
+        return hidden[:, leading:], (rows, columns)
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int]:
         """Look at one black picture and compare what comes with the spec; the grid's (rows, columns)."""
         was_training = self.model.training
         side = self.spec.image_size
-        black = torch.zeros((1, 3, side, side), device=self.device, dtype=self.model.dtype)
         try:
             with translate_device_errors():
-                hidden = self.model.eval()(black).last_hidden_state
-                features, (rows, columns) = self._run(black)
-        except EngineError:
+                black = torch.zeros((1, 3, side, side), device=self.device, dtype=self.model.dtype)
+                self.model.eval()  # a black picture must not enter the statistics of a normalisation
+                features, grid = self._run(black)
+        except ReadroomError:
             raise
         except Exception as error:
             # each backbone refuses a picture of another size in its own way
             raise CheckpointBroken(
-                f"the backbone cannot look at a picture of image_size ({type(error).__name__})"
+                f"the backbone cannot look at a picture of the spec's image_size ({type(error).__name__})"
             ) from error
         finally:
             self.model.train(was_training)
-        return rows, columns
+        check_sizes(self.spec, features)
+        return grid
+
+
+def check_sizes(spec: RegionSpec, features: Tensor) -> None:
+    """Raise CheckpointBroken naming the field of a spec that does not fit the features [1, R, F] of its backbone."""
+    found = {"count": features.shape[1], "feature_dim": features.shape[2], "class_count": 0}
+    for name, size in found.items():
+        if getattr(spec, name) != size:
+            raise CheckpointBroken(f"regions: {name} is {getattr(spec, name)}, its backbone gives {size}")
+
+
+def read_grid(config: Any, image_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in a square picture, from a config that says how large a patch is, pixels."""
+    patch = getattr(config, "patch_size", None)
+    if patch is None:
+        raise CheckpointBroken("the backbone's config names no patch_size, so its tokens cannot be laid out")
+    height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return image_size // int(height), image_size // int(width)
+
+
+def cell_boxes(rows: int, columns: int, image_size: int) -> Tensor:
+    """The cells of a square picture, row by row: [1, rows * columns, 6], class index 0 and confidence 1."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    high, wide = image_size / rows, image_size / columns
+    corners = (x * wide, y * high, (x + 1) * wide, (y + 1) * high, torch.zeros_like(x), torch.ones_like(x))
+    return torch.stack([corner.to(torch.float32).flatten() for corner in corners], dim=-1)[None]
+
+
+def load_grid(folder: Path, spec: RegionSpec, device: torch.device, dtype: torch.dtype) -> GridProvider:
+    """The grid provider of a checkpoint folder. Raises CheckpointMissing, CheckpointBroken."""
+    with translate_device_errors():
+        return GridProvider(load_network(folder, find_backbone, dtype), spec, device)
+
+
+def find_backbone(config: Any) -> Any:
+    """transformers' class for a backbone's config, None where there is none."""
+    # the one vision tower that has no place among the automatic classes
+    return BlipVisionModel if isinstance(config, BlipVisionConfig) else MODEL_MAPPING.get(type(config), None)
