@@ -84,6 +84,7 @@ class BlipCaptioner:
     """Captions pictures with a `BlipForConditionalGeneration`."""
 
     family = "blip"
+    reader = None
 
     def __init__(self, parts: BlipParts) -> None:
         self.parts = parts
@@ -121,6 +122,7 @@ class BlipAnswerer:
     """Answers questions about pictures with a `BlipForQuestionAnswering`."""
 
     family = "blip"
+    reader = None
 
     def __init__(self, parts: BlipParts) -> None:
         self.parts = parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -13,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.base import Answerer, Captioner, Model, Picture, run_answerer, run_captioner
+from models.base import Answerer, Captioner, ItemReader, Model, Picture, run_answerer, run_captioner
 from models.checkpoint import adjust_settings
 from models.load import load_answerer, load_captioner
 from models.pixels import render_array, render_file, render_pil, to_model_input
 from readroom.errors import BadCall, ItemError
-from readroom.records import GeneratedText, GenerationSettings
+from readroom.records import GeneratedText, GenerationSettings, ImageRef
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any]
 Loaded = TypeVar("Loaded")
@@ -101,8 +102,13 @@ def answer_images(
     return _run_batches(images, answerer, run, batch_size, errors)
 
 
-def load_picture(image: ImageLike, profile: str, size: int) -> Picture:
-    """The picture a model sees, uint8 (size, size, 3). Raises ImageError, or BadCall for another kind of thing."""
+def load_picture(image: ImageLike, profile: str, size: int, reader: ItemReader | None = None) -> Picture:
+    """The picture a model sees, uint8 (size, size, 3), or what its `reader` reads in the picture's place.
+
+    Raises ImageError, or BadCall for another kind of thing.
+    """
+    if reader is not None:
+        return _read_features(image, reader)
     if isinstance(image, str | PathLike):
         return render_file(image, profile=profile, size=size)
     if isinstance(image, Image.Image):
@@ -110,6 +116,13 @@ def load_picture(image: ImageLike, profile: str, size: int) -> Picture:
     if isinstance(image, np.ndarray):
         return to_model_input(render_array(image), size)
     raise BadCall(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
+
+
+def _read_features(image: ImageLike, reader: ItemReader) -> Picture:
+    if not isinstance(image, str | PathLike):
+        raise BadCall("this checkpoint reads region features by file name: give a path")
+    features: Picture = reader.read(ImageRef(os.fspath(image)))
+    return features
 
 
 def caption(
@@ -128,7 +141,7 @@ def caption(
     settings = adjust_settings(captioner.defaults, num_beams=num_beams, max_new_tokens=max_new_tokens)
     if isinstance(image, list | tuple):
         return [found.text for found in caption_images(image, captioner, settings)]
-    return run_captioner(captioner, [load_picture(image, captioner.profile, captioner.image_size)], settings)[0].text
+    return run_captioner(captioner, [_see_image(image, captioner)], settings)[0].text
 
 
 def answer(
@@ -143,8 +156,7 @@ def answer(
     images, questions = _pair_up(image, question)
     if isinstance(image, list | tuple) or not isinstance(question, str):
         return [found.text for found in answer_images(images, questions, answerer)]
-    picture = load_picture(image, answerer.profile, answerer.image_size)
-    return run_answerer(answerer, [picture], questions)[0].text
+    return run_answerer(answerer, [_see_image(image, answerer)], questions)[0].text
 
 
 def get_captioner(name: str, device: str = "auto", precision: str = "float32") -> Captioner:
@@ -207,10 +219,14 @@ def _load_group(
     pictures = {}
     for number in group:
         try:
-            pictures[number] = load_picture(images[number], model.profile, model.image_size)
+            pictures[number] = _see_image(images[number], model)
         except ItemError as error:
             found[number] = error
     return pictures
+
+
+def _see_image(image: ImageLike, model: Model) -> Picture:
+    return load_picture(image, model.profile, model.image_size, model.reader)
 
 
 def _count_errors(found: dict[int, GeneratedText | ItemError]) -> int:

@@ -1,7 +1,7 @@
 """What is done with jobs, step by step: claim, prepare, run, write. Plain functions over plain records, no queue.
 
     claim_jobs       ids -> ClaimedJobs         one transaction; what is not queued any more is left out
-    prepare_batches  ClaimedJobs -> ReadyBatch  pictures decoded; only equal checkpoint and settings share a batch
+    prepare_batches  ClaimedJobs -> ReadyBatch  pictures decoded, or features read; a batch for each checkpoint
     run_batch        ReadyBatch -> Outcomes     the forward pass
     write_outcomes   Outcomes -> rows           one transaction
 
@@ -18,13 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, NamedTuple, Protocol
 
 from db import jobs as job_rows
 from db.session import Store
-from models.base import Captioner, Picture
+from models.base import Captioner, ItemReader, Picture
 from models.decode_guard import RenderRequest
 from models.display import PROFILES
 from readroom.errors import CheckpointBroken, CheckpointError, DeviceBroken, ImageError, OutOfMemory, StoreError
@@ -156,8 +154,8 @@ class JobHandler:
         return batch
 
     def _load_pictures(self, captioner: Captioner, refs: Sequence[ImageRef]) -> list[Picture | ImageError]:
-        if not getattr(captioner, "needs_pixels", True):
-            return [picture_digest(ref.digest) for ref in refs]
+        if captioner.reader is not None:
+            return [read_item(captioner.reader, ref) for ref in refs]
         if captioner.profile not in PROFILES:
             raise CheckpointBroken(f"it asks for the unknown pixel profile {captioner.profile!r}")
         problems = _map_threads(check_file, refs)
@@ -191,10 +189,23 @@ def _open_itself(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def picture_digest(digest: str) -> Picture:
-    """A digest as a grey picture of 1 x 32, for a model that looks at nothing (benchmarks of the queue)."""
-    content = hashlib.sha256(digest.encode()).digest()
-    return np.frombuffer(content, dtype=np.uint8).reshape(1, -1)
+def read_item(reader: ItemReader, ref: ImageRef) -> Any:
+    """What the model sees in a picture's place, or why it cannot be had.
+
+    Raises CheckpointError, which concerns every image. What a reader raises besides is this image's alone: the file of
+    features that it meets is foreign, and the thread that it runs in serves all the others too.
+    """
+    try:
+        return reader.read(ref)
+    except ImageError as error:
+        return error
+    except CheckpointError:
+        raise
+    except OSError as error:
+        return ImageError(Reason.UNREADABLE, type(error).__name__)
+    except Exception as error:
+        logger.warning("reading what stands in a picture's place failed", exc_info=True)
+        return ImageError(Reason.BUG, type(error).__name__)
 
 
 def fail_jobs(jobs: Iterable[ClaimedJob], reason: str, detail: str, retry: bool = False) -> list[Outcome]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from models.base import Picture
+from models.base import ItemReader, Picture
 from readroom.errors import DeviceBroken, OutOfMemory
 from readroom.records import GeneratedText, GenerationSettings
 
@@ -22,6 +22,7 @@ class FakeCaptioner:
     """Says the first pixel of each picture; `trouble` looks at each batch first and may raise."""
 
     family = "fake"
+    reader: ItemReader | None = None
     profile = "dicom_voi_v1"
     image_size = 8
     defaults = GenerationSettings()

@@ -46,6 +46,7 @@ def test_it_says_what_it_is(captioner: Captioner) -> None:
     assert captioner.profile in PROFILES
     assert captioner.image_size > 0
     assert captioner.defaults.max_new_tokens > 0
+    assert captioner.reader is None
 
 
 def test_one_text_an_image_in_order(captioner: Captioner) -> None:

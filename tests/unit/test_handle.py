@@ -13,10 +13,10 @@ from db.session import Store
 from models.base import Captioner, Picture
 from models.decode_guard import RenderRequest
 from models.dummy import DummyModel
-from readroom.errors import CheckpointMissing, DeviceBroken, ImageError, StoreUnavailable
-from readroom.records import Outcome, Reason
+from readroom.errors import CheckpointBroken, CheckpointMissing, DeviceBroken, ImageError, StoreUnavailable
+from readroom.records import ImageRef, Outcome, Reason
 from readroom.settings import load_settings
-from tests.fakes.models import FakeCaptioner, break_device
+from tests.fakes.models import FakeCaptioner, break_device, paint
 from tests.fakes.store import PixelRenderer, add_jobs, write_items
 from worker.app import locate_checkpoint
 from worker.engine import Engine
@@ -195,6 +195,58 @@ def test_a_model_that_looks_at_nothing_is_spared_the_decoding(sqlite_store: Stor
     outcomes = run_jobs(make_handler(sqlite_store, DummyModel, NoRenderer()), ids)
 
     assert len({one.text for one in outcomes}) == 3
+
+
+class FeatureReader:
+    """Reads the number that a file holds, as if it were features; `trouble` says what else happens with some."""
+
+    def __init__(self, **trouble: Exception) -> None:
+        self.trouble = trouble
+
+    def read(self, ref: ImageRef) -> Picture:
+        number = Path(ref.path).stem
+        if f"n{number}" in self.trouble:
+            raise self.trouble[f"n{number}"]
+        return paint(int(number))
+
+
+def make_reading_handler(store: Store, reader: FeatureReader) -> JobHandler:
+    captioner = FakeCaptioner()
+    captioner.reader = reader
+    return make_handler(store, lambda ref: captioner, NoRenderer())
+
+
+def test_a_model_that_reads_features_gets_them_and_each_image_fails_for_itself(
+    sqlite_store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = add_jobs(sqlite_store, write_items(tmp_path, range(1, 6)))
+    trouble = {
+        "n2": ImageError(Reason.MISSING, "it has no features"),
+        "n3": KeyError("Doe^Jane"),
+        "n4": OSError(errno.EIO, "Doe^Jane"),
+    }
+
+    outcomes = run_jobs(make_reading_handler(sqlite_store, FeatureReader(**trouble)), ids)
+
+    assert [(one.text, one.reason, one.detail, one.retry) for one in outcomes] == [
+        ("pixel 1", None, "", False),
+        (None, Reason.MISSING, "it has no features", True),
+        (None, Reason.BUG, "KeyError", False),
+        (None, Reason.UNREADABLE, "OSError", True),
+        ("pixel 5", None, "", False),
+    ]
+    assert "reading what stands in a picture's place failed" in caplog.text
+
+
+def test_features_in_another_layout_than_the_checkpoints_are_no_images_fault(
+    sqlite_store: Store, tmp_path: Path
+) -> None:
+    ids = add_jobs(sqlite_store, write_items(tmp_path, range(1, 3)))
+    reader = FeatureReader(n1=CheckpointBroken("the features have another size"))
+
+    outcomes = run_jobs(make_reading_handler(sqlite_store, reader), ids)
+
+    assert {(one.reason, one.detail) for one in outcomes} == {(Reason.CHECKPOINT, "the features have another size")}
 
 
 def test_a_store_that_is_away_while_a_model_is_loaded_is_no_jobs_fault(sqlite_store: Store, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from PIL import Image
 
 import inference
 from models import predict
+from models.base import run_captioner
 from models.dummy import DummyModel
 from models.predict import answer_images, caption_images, load_picture
 from readroom.errors import BadCall, ImageError, ItemError
-from readroom.records import GenerationSettings
+from readroom.records import GenerationSettings, ImageRef, Reason
 
 PIXELS = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
 
@@ -80,6 +81,30 @@ def test_answers_follow_their_own_image_past_a_bad_one(picture: Path, junk: Path
 def test_other_things_than_images_are_a_bad_call() -> None:
     with pytest.raises(BadCall, match="not dict"):
         load_picture({}, "dicom_voi_v1", 8)  # type: ignore[arg-type]
+
+
+class NameReader:
+    """Features by file name: 5.png has 5, others have none."""
+
+    def read(self, ref: ImageRef) -> np.ndarray:
+        if not Path(ref.path).stem.isdigit():
+            raise ImageError(Reason.MISSING, "it has no features")
+        return np.full((1, 4), int(Path(ref.path).stem), dtype=np.uint8)
+
+
+def test_a_model_that_reads_features_is_given_them_by_the_files_name_and_no_file_is_opened() -> None:
+    model = DummyModel()
+    model.reader = NameReader()
+    found = caption_images([Path("/nowhere/5.png"), "7.png", "odd.png"], model, errors="return")
+    assert found[:2] == run_captioner(DummyModel(), [np.full((1, 4), number, dtype=np.uint8) for number in (5, 7)])
+    assert isinstance(found[2], ImageError)
+    assert found[2].reason == Reason.MISSING
+
+
+@pytest.mark.parametrize("image", [PIXELS, Image.new("L", (4, 4))])
+def test_a_model_that_reads_features_takes_nothing_but_paths(image: object) -> None:
+    with pytest.raises(BadCall, match="region features by file name: give a path"):
+        load_picture(image, "dicom_voi_v1", 8, NameReader())  # type: ignore[arg-type]
 
 
 def test_settings_reach_the_captioner() -> None:
