@@ -1,0 +1,231 @@
+"""Train the bundled VLP on phantoms: draw, one loop, publish. Read it top to bottom.
+
+    python -m training.vlp --config training/configs/bundled_vlp.toml --out models/bundled/vlp
+
+As the original starts from a detector somebody trained, this starts from the vision tower of the bundled BLIP, whose
+grid cells are the regions. Captions (seq2seq and bidirectional, mixed) and questions are learned together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from models.checkpoint import read_manifest
+from models.vlp.config import VlpConfig
+from models.vlp.grid import GridProvider
+from models.vlp.network import SeenRegions, VlpModel
+from models.vlp.regions import RegionSpec, locate_regions
+from models.vlp.tokenizer import CasedTokenizer
+from readroom.errors import LossNotFinite
+from training.bert_adam import BertAdam, group_parameters, linear_rate
+from training.data import TRAIN_SEED, augment_pixels, normalise_pixels
+from training.questions import every_answer, soft_scores
+from training.recipe import plan_batches
+from training.vlp_examples import Examples, join_examples, make_films, make_scenes
+from training.vlp_objective import MaskedTexts, MaskingPlan, answer_loss, caption_loss, mask_texts
+from training.vlp_vocabulary import list_words
+
+log = logging.getLogger(__name__)
+Config = dict[str, Any]
+
+LOG_EVERY_STEPS = 25
+UNKNOWN_ANSWER = "<unk>"  # place 0 of every answer list, never given
+ALIKE_ANSWERS = 10  # one true answer counts as ten people's
+# People write "Is there a nodule" as well as "is there a nodule?"; the phantoms' questions are all of the second kind.
+CAPITAL_SHARE, UNMARKED_SHARE = 0.5, 0.1
+# One question token is masked while answers are learned; the release found it helpful.
+QUESTION_MASKING = MaskingPlan(share=0.0, most=1, s2s=0.0)
+COMMAND = "python -m training.vlp --config training/configs/bundled_vlp.toml --out models/bundled/vlp"
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What one step teaches: `pixels` [B, 3, S, S]; captions and questions with the row of their picture."""
+
+    pixels: Tensor
+    captions: MaskedTexts
+    caption_rows: Tensor
+    questions: MaskedTexts
+    question_rows: Tensor
+    scores: Tensor
+
+
+class Learner(nn.Module):
+    """Transformer and backbone under one roof, so that both are prepared and optimised together."""
+
+    def __init__(self, model: VlpModel, provider: GridProvider) -> None:
+        super().__init__()
+        self.model = model
+        self.backbone = provider.module()
+        self.provider = provider
+
+    def forward(self, lesson: Lesson, smoothing: float) -> tuple[Tensor, Tensor]:
+        """Caption loss and answer loss."""
+        regions = self.provider.look(lesson.pixels)
+        seen = SeenRegions(regions.features, locate_regions(regions.boxes, regions.classes))
+        captions = caption_loss(self.model, pick_rows(seen, lesson.caption_rows), lesson.captions, 0.0, smoothing)
+        answers = answer_loss(self.model, pick_rows(seen, lesson.question_rows), lesson.questions, lesson.scores)
+        return captions, answers
+
+
+def pick_rows(seen: SeenRegions, rows: Tensor) -> SeenRegions:
+    """The regions of these pictures, in this order."""
+    return SeenRegions(seen.features[rows], seen.places[rows])
+
+
+class Teacher:
+    """Makes lessons out of examples: augments pictures, masks captions, draws questions."""
+
+    def __init__(self, examples: Examples, config: Config, sizes: VlpConfig, tokenizer: CasedTokenizer) -> None:
+        self.examples, self.config, self.sizes, self.tokenizer = examples, config, sizes, tokenizer
+        self.answers = {answer: place for place, answer in enumerate([UNKNOWN_ANSWER, *every_answer()])}
+        self.captions = [tokenizer.encode(caption) for caption in examples.captions]
+        self.noise = torch.Generator().manual_seed(config["seed"])
+        self.rng = np.random.default_rng(config["seed"])
+        goal = config["objective"]
+        self.masking = MaskingPlan(goal["mask_share"], goal["mask_most"], goal["s2s"])
+
+    def make_lesson(self, picks: Tensor, spec: RegionSpec) -> Lesson:
+        """The lesson of these examples."""
+        goal = self.config["objective"]
+        bright = augment_pixels(self.examples.pixels[picks].float() / 255, self.noise)
+        rows = [row for row in range(len(picks)) for _ in range(goal["maskings"])]
+        texts = [self.captions[int(picks[row])] for row in rows]
+        asked = [row for row in range(len(picks)) for _ in range(goal["questions"])]
+        drawn = [self._draw_question(int(picks[row])) for row in asked]
+        questions = [self.tokenizer.encode(self._vary_writing(question.text)) for question in drawn]
+        return Lesson(
+            normalise_pixels(bright, list(spec.mean), list(spec.std)),
+            mask_texts(texts, self.masking, self.sizes, self.tokenizer.special, self.rng),
+            torch.tensor(rows),
+            mask_texts(questions, QUESTION_MASKING, self.sizes, self.tokenizer.special, self.rng),
+            torch.tensor(asked),
+            torch.from_numpy(np.stack([self._score(question.answer) for question in drawn])),
+        )
+
+    def _draw_question(self, number: int) -> Any:
+        questions = self.examples.questions[number]
+        return questions[int(self.rng.integers(len(questions)))]
+
+    def _vary_writing(self, text: str) -> str:
+        capital, unmarked = self.rng.random(2) < (CAPITAL_SHARE, UNMARKED_SHARE)
+        text = text[0].upper() + text[1:] if capital else text
+        return text.rstrip("?") if unmarked else text
+
+    def _score(self, answer: str) -> Any:
+        return soft_scores([answer] * ALIKE_ANSWERS, self.answers, len(self.answers))
+
+
+def open_backbone(config: Config) -> tuple[GridProvider, str]:
+    """The vision tower to start from as a grid of regions, and the ref of the checkpoint it comes from."""
+    from transformers import BlipForConditionalGeneration
+
+    folder = Path(config["data"]["backbone"])
+    manifest = read_manifest(folder)
+    tower = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).vision_model
+    side = manifest.image_size // tower.config.patch_size
+    spec = RegionSpec(
+        provider="grid",
+        count=side * side,
+        feature_dim=tower.config.hidden_size,
+        class_count=0,
+        image_size=manifest.image_size,
+        mean=manifest.mean,
+        std=manifest.std,
+    )
+    return GridProvider(tower, spec, torch.device("cpu")), manifest.ref
+
+
+def build_model(config: Config, spec: RegionSpec, vocabulary: int, answers: int) -> VlpModel:
+    """A VLP of the configured size over these regions, with weights a small model learns from.
+
+    BERT's standard deviation of 0.02 is meant for width 768; linear layers start by Glorot's rule (2010) instead.
+    """
+    sizes = VlpConfig(
+        vocab_size=vocabulary,
+        num_regions=spec.count,
+        region_feat_dim=spec.feature_dim,
+        region_num_classes=spec.class_count,
+        num_answers=answers,
+        **config["model"],
+    )
+    model = VlpModel(sizes)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embeddings" not in name:
+            nn.init.xavier_uniform_(weight)
+    return model
+
+
+def draw_examples(config: Config, size: int) -> Examples:
+    """Films, then scenes."""
+    data, processes = config["data"], config["threads"]
+    films = make_films(data["radiographs"], size, TRAIN_SEED, data["questions"], processes)
+    return join_examples([films, make_scenes(data["scenes"], size, TRAIN_SEED, data["questions"], processes)])
+
+
+def make_optimiser(learner: Learner, optimiser: Config) -> BertAdam:
+    """BertAdam with a rate of its own for the backbone, which has learned to see already."""
+    decay = optimiser["weight_decay"]
+    groups = group_parameters(learner.model, decay, peak=optimiser["learning_rate"])
+    groups += group_parameters(learner.backbone, decay, peak=optimiser["backbone_rate"])
+    betas = (optimiser["betas"][0], optimiser["betas"][1])
+    return BertAdam(groups, lr=1.0, betas=betas, eps=optimiser["eps"], clip_norm=optimiser["clip_norm"])
+
+
+def train_vlp(config: Config, metrics: TextIO) -> tuple[Learner, CasedTokenizer, str, str]:
+    """Train; metrics as JSON lines. The learner in evaluation mode, its tokenizer, training data id and parent.
+
+    Raises LossNotFinite.
+    """
+    torch.manual_seed(config["seed"])
+    torch.set_num_threads(config["threads"])
+    started = time.perf_counter()
+    provider, parent = open_backbone(config)
+    examples = draw_examples(config, provider.spec.image_size)
+    log.info("drew %d pictures in %.0f s", len(examples), time.perf_counter() - started)
+    tokenizer = CasedTokenizer(list_words())
+    model = build_model(config, provider.spec, len(tokenizer.words), 1 + len(every_answer()))
+    teacher = Teacher(examples, config, model.config, tokenizer)
+    accelerator = Accelerator(cpu=True)
+    learner = Learner(model, provider)
+    optimiser = make_optimiser(learner, config["optimiser"])
+    learner, optimiser = accelerator.prepare(learner, optimiser)
+    steps = sum(stage["steps"] for stage in config["stages"])
+    console = Console(stderr=True)
+    learner.train()
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=steps)
+        for step, picks in enumerate(plan_batches(config, config["data"]["radiographs"], config["seed"])):
+            share = linear_rate(step + 1, steps + 1, config["optimiser"]["warmup"])
+            for group in optimiser.param_groups:
+                group["lr"] = share * group["peak"]
+            captions, answers = learner(teacher.make_lesson(picks, provider.spec), config["objective"]["smoothing"])
+            total = captions + config["objective"]["answer_weight"] * answers
+            if not torch.isfinite(total):
+                raise LossNotFinite(f"the loss is {total.item()} at step {step}", "Lower the learning rate.")
+            accelerator.backward(total)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            progress.update(bar, advance=1)
+            if step % LOG_EVERY_STEPS == 0 or step == steps - 1:
+                seconds = round(time.perf_counter() - started, 1)
+                line = {"step": step, "loss": round(captions.item(), 4), "answer_loss": round(answers.item(), 4)}
+                metrics.write(json.dumps(line | {"lr": optimiser.param_groups[0]["lr"], "seconds": seconds}) + "\n")
+                metrics.flush()
+    return accelerator.unwrap_model(learner).eval(), tokenizer, f"{examples.name} sha256:{examples.digest()}", parent
