@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
-from readroom.records import GenerationSettings, digest_json
+from readroom.records import FAMILIES, GenerationSettings, digest_json
 
 Floats = tuple[float, float, float]
 
@@ -28,6 +28,8 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 1024 * 1024
 BUNDLED_DIR = Path(__file__).parent / "bundled"
+BUNDLED = "bundled"
+TASKS = {"caption": "captions no images", "answer": "answers no questions"}  # and what a checkpoint without it does
 DEFAULT_PROFILE = "dicom_voi_v1"
 # The normalisation of CLIP, which BLIP was trained with (github.com/salesforce/BLIP, data/__init__.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -37,6 +39,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BLIP_CAPTION = GenerationSettings(num_beams=3, max_new_tokens=16, min_new_tokens=1, prompt="a picture of ")
 # BLIP's models/blip_vqa.py: 3 beams, at most 10 tokens with the start token.
 BLIP_ANSWER = GenerationSettings(num_beams=3, max_new_tokens=9, min_new_tokens=1)
+
+# VLP's published captions: 5 beams, summed log-probabilities, no least length, 20 tokens (SPEC section 11). Its answers
+# come from a classifier: one choice, no search.
+VLP_CAPTION = GenerationSettings(num_beams=5, max_new_tokens=20, min_new_tokens=0)
+VLP_ANSWER = GenerationSettings(num_beams=1, max_new_tokens=1, min_new_tokens=1)
+PUBLISHED_CAPTIONS = {"blip": BLIP_CAPTION, "vlp": VLP_CAPTION}
 
 # What a loader of a checkpoint folder may read. A file of these kinds that no manifest names is refused: it could be
 # a tokenizer somebody slipped in, or code.
@@ -61,9 +69,11 @@ class FileEntry:
 class Manifest:
     """What a checkpoint says of itself.
 
-    `parent` is the ref it was trained from, `training_data` names data sets and seeds, `scores` metrics on held-out
-    data, `preprocess` a profile of models/pixels.py, `generation` the fields of GenerationSettings it was tuned with,
-    `command` the command that made it, `created` UTC in ISO 8601. `digest` covers the files and not the manifest.
+    `task` is `caption`, `answer` or `caption+answer`, `parent` the ref it was trained from, `training_data` names data
+    sets and seeds, `scores` metrics on held-out data, `preprocess` a profile of models/pixels.py, `generation` the
+    fields of GenerationSettings it was tuned with, `regions` where a model that sees regions has them from (RegionSpec
+    of models/vlp/regions.py), `command` the command that made it, `created` UTC in ISO 8601. `digest` covers the files
+    and not the manifest.
     """
 
     name: str
@@ -83,6 +93,7 @@ class Manifest:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     generation: dict[str, Any] = field(default_factory=dict)
+    regions: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     readroom_version: str = ""
     created: str = ""
@@ -115,35 +126,57 @@ class CheckpointSource:
     @property
     def caption_defaults(self) -> GenerationSettings:
         """How it captions unless told otherwise: its manifest's settings, else those its family was published with."""
-        published = BLIP_CAPTION if self.family == "blip" else GenerationSettings()
+        published = PUBLISHED_CAPTIONS.get(self.family, GenerationSettings())
         return (self.manifest.defaults if self.manifest else None) or published
+
+    def check_task(self, task: str) -> None:
+        """Raise CheckpointBroken when the manifest says that it was not made to `caption` or `answer`."""
+        if self.manifest is not None and task not in self.manifest.task.split("+"):
+            made = f"its manifest says {self.manifest.task!r}"
+            raise CheckpointBroken(f"checkpoint {self.name} {TASKS[task]}: {made}", "Name another checkpoint.")
 
 
 # Names and places ----------------------------------------------------------------------------------------------------
 
 
-def resolve_checkpoint(name: str) -> CheckpointSource:
+def resolve_checkpoint(name: str, family: str = "blip") -> CheckpointSource:
     """Find a checkpoint by name: `bundled`, `dummy[:base_ms=5,item_ms=0.5]`, a folder, or `owner/name[@revision]`.
 
-    Reads at most the manifest (or, without one, hashes the folder); touches no network. Raises CheckpointMissing or
-    CheckpointBroken with what to do.
+    `family` is the one that is asked for: `bundled` means its bundled checkpoint (`bundled:vlp` names one outright), a
+    hub id that does not tell is taken for it. Reads at most the manifest (or, without one, hashes the folder); touches
+    no network. Raises CheckpointMissing or CheckpointBroken with what to do.
     """
     name = name.strip()
     if name == "dummy" or name.startswith("dummy:"):
         return _resolve_dummy(name)
-    if name == "bundled":
-        return _resolve_bundled()
+    if is_bundled(name):
+        return _resolve_bundled(name.partition(":")[2] or family)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return resolve_folder(folder.resolve())  # a worker runs in another folder
     if folder.is_file():
         raise CheckpointBroken("that name is a file; a checkpoint is a folder", CONVERT_REMEDY)
     if HUB_ID.match(name) and not name.startswith((".", "~", "/")):
-        return _resolve_hub(name)
+        return _resolve_hub(name, family)
     raise CheckpointMissing(
         f"no checkpoint is called {name!r}",
         "Give a folder, a hub id (owner/name[@revision]), `bundled` or `dummy`.",
     )
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a name is `bundled` or `bundled:<family>`."""
+    return name == BUNDLED or name.startswith(f"{BUNDLED}:")
+
+
+def name_bundled(family: str) -> str:
+    """What a family's bundled checkpoint is called in the registry: BLIP's, which was there first, just `bundled`."""
+    return BUNDLED if family == FAMILIES[0] else f"{BUNDLED}:{family}"
+
+
+def list_bundled() -> list[CheckpointSource]:
+    """The bundled checkpoints that are in this checkout, in the order of the families."""
+    return [_resolve_bundled(family) for family in FAMILIES if _has_bundled(family)]
 
 
 def resolve_folder(folder: Path, name: str = "") -> CheckpointSource:
@@ -195,22 +228,28 @@ def _resolve_dummy(name: str) -> CheckpointSource:
     return CheckpointSource(ref, "dummy", name, ref)
 
 
-def _resolve_bundled() -> CheckpointSource:
-    folder = BUNDLED_DIR / "blip"
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointMissing("the bundled captioner is not in this checkout", "Fetch models/bundled/blip.")
-    return resolve_folder(folder, "bundled")
+def _resolve_bundled(family: str) -> CheckpointSource:
+    if family not in FAMILIES:
+        known = " and ".join(f"`{BUNDLED}:{one}`" for one in FAMILIES)
+        raise CheckpointMissing(f"no checkpoint of the family {family!r} is bundled", f"There are {known}.")
+    if not _has_bundled(family):
+        raise CheckpointMissing(f"the bundled {family} is not in this checkout", f"Fetch models/bundled/{family}.")
+    return resolve_folder(BUNDLED_DIR / family, name_bundled(family))
 
 
-def _resolve_hub(name: str) -> CheckpointSource:
+def _has_bundled(family: str) -> bool:
+    return (BUNDLED_DIR / family / MANIFEST_NAME).is_file()
+
+
+def _resolve_hub(name: str, family: str) -> CheckpointSource:
     repo, _, revision = name.partition("@")
     location = f"{repo}@{revision or 'main'}"
-    return CheckpointSource(f"hub:{location}", _guess_family(repo), name, location)
+    return CheckpointSource(f"hub:{location}", _guess_family(repo, family), name, location)
 
 
-def _guess_family(repo: str) -> str:
-    # Only for display until the files are here; the loader trusts config.json.
-    return next((family for family in ("mistral", "vlp") if family in repo.lower()), "blip")
+def _guess_family(repo: str, asked: str) -> str:
+    # Until the files are here; the loader trusts config.json.
+    return next((family for family in ("mistral", *FAMILIES) if family in repo.lower()), asked)
 
 
 def _resolve_plain(folder: Path, name: str) -> CheckpointSource:
@@ -443,7 +482,7 @@ def _check_field(key: str, value: Any) -> Any:
         return _check_generation(value)
     if key in ("parameters", "image_size", "format"):
         return _require(key, value, _is_count(value))
-    if key == "scores":
+    if key in ("scores", "regions"):
         return _require(key, value, isinstance(value, dict))
     if key == "training_data":
         return _require(key, value, isinstance(value, str | dict))

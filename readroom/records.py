@@ -18,6 +18,11 @@ class JobKind(StrEnum):
     REPORT = "report"
 
 
+# The families of models that caption and answer, in the order in which they are listed. Each has a setting
+# (READROOM_<FAMILY>_MODEL), a bundled checkpoint, and at most one active checkpoint in the registry.
+FAMILIES = ("blip", "vlp")
+
+
 class JobState(StrEnum):
     """Where a job stands; docs/how-it-works.md draws the machine."""
 

@@ -54,8 +54,18 @@ class Settings(BaseSettings):
 
     blip_model: str | None = Field(
         None,
-        description="BLIP captioner: `bundled`, `dummy`, a folder or a hub id. Unset: the active checkpoint of the "
-        "registry, else `Salesforce/blip-image-captioning-base`.",
+        description="BLIP captioner: a registered name, `bundled`, `dummy`, a folder or a hub id. Unset: the active "
+        "checkpoint of the registry, else `Salesforce/blip-image-captioning-base`.",
+    )
+    vlp_model: str | None = Field(
+        None,
+        description="VLP captioner: a registered name, `bundled`, `dummy` or a folder. Unset: the active checkpoint of "
+        "the registry. There is no VLP on any hub, so without both `--captioner vlp` says what to do.",
+    )
+    region_dir: Path | None = Field(
+        None,
+        description="Folder of region features that were computed beforehand, as VLP's authors released them "
+        "(`region_feat_gvd_wo_bgd`). Only VLP checkpoints that read such features need it.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the models' weights.")
@@ -118,6 +128,10 @@ class Settings(BaseSettings):
     def home_dir(self) -> Path:
         """The home with `~` expanded; not created here."""
         return self.home.expanduser()
+
+    def name_model(self, family: str) -> str | None:
+        """The captioner that a family's setting names; None when it is unset."""
+        return {"blip": self.blip_model, "vlp": self.vlp_model}[family] or None
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -8,23 +8,29 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from models import checkpoint
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
     DEFAULT_PROFILE,
     MANIFEST_NAME,
+    VLP_CAPTION,
     CheckpointSource,
     adjust_settings,
+    is_bundled,
+    list_bundled,
     publish_folder,
     read_manifest,
     resolve_checkpoint,
     verify_folder,
     write_manifest,
 )
+from models.load import load_answerer, load_captioner
 from models.plain import publish_plain
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings
@@ -140,6 +146,8 @@ def test_a_file_name_that_is_no_plain_name_is_refused(folder: Path, name: str) -
         ("generation", {"num_beams": "3"}),
         ("generation", {"temperature": 1}),
         ("scores", [1]),
+        ("regions", ["grid"]),
+        ("regions", None),
         ("parent", 1),
         ("training_data", None),
         ("licence", None),
@@ -249,6 +257,110 @@ def test_an_empty_folder_is_missing_weights(tmp_path: Path) -> None:
 )
 def test_a_name_resolves_without_looking_anywhere(name: str, ref: str) -> None:
     assert resolve_checkpoint(name).ref == ref
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "family"),
+    [
+        ("Salesforce/blip-vqa-base", "vlp", "blip"),
+        ("someone/VLP-coco", "blip", "vlp"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "blip", "mistral"),
+        ("someone/captions", "blip", "blip"),
+        ("someone/captions", "vlp", "vlp"),
+    ],
+)
+def test_a_hub_id_is_of_the_family_it_names_else_of_the_one_asked_for(name: str, asked: str, family: str) -> None:
+    assert resolve_checkpoint(name, asked).family == family
+
+
+# The bundled ones ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both_bundled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with a bundled checkpoint of each family."""
+    root = folder.parent / "bundled"
+    folder.rename(folder.parent / "blip")
+    root.mkdir()
+    (folder.parent / "blip").rename(root / "blip")
+    (root / "vlp").mkdir()
+    (root / "vlp" / "model.safetensors").write_bytes(b"others")
+    write_manifest(root / "vlp", **FIELDS | {"family": "vlp", "task": "caption+answer"}, regions={"provider": "grid"})
+    monkeypatch.setattr(checkpoint, "BUNDLED_DIR", root)
+    return root
+
+
+def test_bundled_is_the_one_of_the_family_that_is_asked_for(both_bundled: Path) -> None:
+    names = {resolve_checkpoint("bundled").ref, resolve_checkpoint("bundled:blip", "vlp").ref}
+    assert names == {read_manifest(both_bundled / "blip").ref}
+    names = {resolve_checkpoint("bundled", "vlp").ref, resolve_checkpoint("bundled:vlp").ref}
+    assert names == {read_manifest(both_bundled / "vlp").ref}
+    assert [(one.family, one.name) for one in list_bundled()] == [("blip", "bundled"), ("vlp", "bundled:vlp")]
+    assert resolve_checkpoint("bundled:vlp").caption_defaults == VLP_CAPTION
+    assert read_manifest(both_bundled / "vlp").regions == {"provider": "grid"}
+    assert read_manifest(both_bundled / "blip").regions == {}
+
+
+def test_every_bundled_checkpoint_is_found_again_by_the_name_it_has(both_bundled: Path) -> None:
+    for found in list_bundled():
+        assert is_bundled(found.name)
+        assert resolve_checkpoint(found.name) == found
+
+
+def test_a_bundled_checkpoint_that_is_not_here_is_missing_and_nothing_stands_in_for_it(both_bundled: Path) -> None:
+    (both_bundled / "vlp" / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointMissing, match=r"bundled vlp is not in this checkout.*models/bundled/vlp"):
+        resolve_checkpoint("bundled", "vlp")
+    assert [one.family for one in list_bundled()] == ["blip"]
+    with pytest.raises(CheckpointMissing, match=r"no checkpoint of the family 'gpt' is bundled.*bundled:blip"):
+        resolve_checkpoint("bundled:gpt")
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "refused"),
+    [("caption", "answer"), ("answer", "caption"), ("caption+answer", None), ("captions", "caption")],
+)
+def test_a_checkpoint_does_what_its_manifest_says_and_nothing_else(
+    folder: Path, task: str, refused: str | None
+) -> None:
+    write_manifest(folder, **FIELDS | {"task": task})
+    source = resolve_checkpoint(str(folder))
+    for wanted in {"caption", "answer"} - {refused, "answer" if task == "captions" else ""}:
+        source.check_task(wanted)
+    if refused:
+        with pytest.raises(CheckpointBroken, match=f"small {refused}s no .*: its manifest says '{task}'"):
+            source.check_task(refused)
+
+
+def test_a_model_is_not_loaded_for_a_task_that_is_not_its_own(folder: Path) -> None:
+    with pytest.raises(CheckpointBroken, match="small answers no questions"):
+        load_answerer(str(folder))
+    write_manifest(folder, **FIELDS | {"task": "answer"})
+    with pytest.raises(CheckpointBroken, match="small captions no images"):
+        load_captioner(str(folder))
+
+
+def test_a_vlp_is_told_where_features_are_and_a_blip_is_not_asked(
+    both_bundled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(source: CheckpointSource, device: str, precision: str, region_dir: Path | None) -> tuple[object, ...]:
+        return source.name, device, precision, region_dir
+
+    room = SimpleNamespace(load_vlp_captioner=load, load_vlp_answerer=load)
+    monkeypatch.setitem(sys.modules, "models.vlp.captioner", room)
+    for loader in (load_captioner, load_answerer):
+        loaded = loader("bundled:vlp", "cpu", "bfloat16", region_dir=tmp_path)
+        assert loaded == ("bundled:vlp", "cpu", "bfloat16", tmp_path)
+    assert load_captioner("dummy", region_dir=tmp_path).family == "dummy"
+
+
+def test_a_family_that_no_model_is_of_is_named(folder: Path) -> None:
+    write_manifest(folder, **FIELDS | {"family": "lstm"})
+    with pytest.raises(CheckpointBroken, match=r"of the family 'lstm'.*dummy, blip, vlp"):
+        load_captioner(str(folder))
 
 
 @pytest.mark.parametrize(

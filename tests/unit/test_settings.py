@@ -9,6 +9,7 @@ import pytest
 
 from readroom import messages
 from readroom.errors import SettingsError
+from readroom.records import FAMILIES
 from readroom.settings import MAX_IDS_PER_MESSAGE, SECRET_SETTINGS, Settings, list_unknown, load_settings
 
 
@@ -33,6 +34,13 @@ def test_environment_and_dotenv_are_read_and_the_environment_wins(
     monkeypatch.setenv("READROOM_MAX_BATCH", "11")
     settings = load_settings()
     assert (settings.max_batch, settings.lease_s) == (11, 9)
+
+
+def test_every_family_has_a_setting_that_names_its_captioner(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [load_settings().name_model(family) for family in FAMILIES] == [None] * len(FAMILIES)
+    for family in FAMILIES:
+        monkeypatch.setenv(f"READROOM_{family.upper()}_MODEL", f"my-{family}")
+    assert [load_settings().name_model(family) for family in FAMILIES] == ["my-blip", "my-vlp"]
 
 
 def test_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
