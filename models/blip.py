@@ -22,18 +22,15 @@ from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
     DEFAULT_PROFILE,
-    MANIFEST_NAME,
     CheckpointSource,
     Floats,
     Manifest,
     read_json,
-    refuse_pickles,
-    resolve_folder,
-    verify_folder,
 )
 from models.device import pick_device, pick_precision, translate_device_errors
 from models.pixels import to_model_input
 from models.plain import read_normalisation
+from models.verified import open_folder
 from readroom.errors import BadCall, CheckpointBroken
 from readroom.records import GeneratedText, GenerationSettings
 
@@ -287,10 +284,7 @@ def load_parts(
 ) -> BlipParts:
     """Fetch, verify and load; the manifest's word counts before the hub's files, those before BLIP's own habits."""
     place, dtype = pick_device(device), pick_precision(precision)
-    folder = find_folder(source)
-    refuse_pickles(folder)
-    manifest = verify_folder(folder, allow_links=source.ref.startswith("hub:")) if has_manifest(folder) else None
-    check_identity(source, manifest, folder)
+    folder, manifest = open_folder(source)
     model = load_model(folder, kind, dtype)
     tokenizer = load_tokenizer(folder, int(model.config.text_config.vocab_size))
     mean, std = (manifest.mean, manifest.std) if manifest else read_normalisation(folder)
@@ -307,28 +301,6 @@ def load_parts(
         defaults=(manifest.defaults if manifest else None) or defaults,
         device=place,
     )
-
-
-def find_folder(source: CheckpointSource) -> Path:
-    """The local folder of a checkpoint; hub ids are fetched."""
-    if not source.ref.startswith("hub:"):
-        return Path(source.location)
-    from models.hub import fetch_snapshot
-
-    return fetch_snapshot(source.location)
-
-
-def has_manifest(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of ours rather than a plain hub folder."""
-    return (folder / MANIFEST_NAME).is_file()
-
-
-def check_identity(source: CheckpointSource, manifest: Manifest | None, folder: Path) -> None:
-    """Raise when a folder no longer holds the checkpoint that was asked for: results would name the wrong one."""
-    if not source.ref.startswith("sha256:"):
-        return
-    if (manifest.ref if manifest else resolve_folder(folder).ref) != source.ref:
-        raise CheckpointBroken("the folder holds another checkpoint than the one asked for", "Add it again.")
 
 
 def load_model(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
