@@ -6,18 +6,21 @@ A config is foreign input: transformers would fetch a backbone, a kernel or code
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from models.blip import COMPUTED_SUFFIX, hide_progress
 from models.checkpoint import read_json
-from readroom.errors import CheckpointBroken, CheckpointMissing
+from models.device import translate_device_errors
+from readroom.errors import CheckpointBroken, CheckpointMissing, ReadroomError
+
+Seen = TypeVar("Seen")
 
 CONFIG_NAME = "regions.json"
 WEIGHTS_NAME = "regions.safetensors"
@@ -31,10 +34,13 @@ def read_config(folder: Path) -> Any:
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointMissing(f"the checkpoint holds no {CONFIG_NAME}", "Fetch the checkpoint again.")
     document = read_json(folder / CONFIG_NAME)
-    for key in sorted(find_keys(document) & FETCHING):
-        raise CheckpointBroken(f"{CONFIG_NAME}: {key} names something that is not in the checkpoint")
+    for key, value in list_entries(document):
+        told = key in FETCHING and value is not None and value is not False
+        # timm's networks fetch their weights while they are built
+        if told or (isinstance(value, str) and value.startswith("timm_")):
+            raise CheckpointBroken(f"{CONFIG_NAME}: {key} names something that is not in the checkpoint")
     kind = str(document.pop("model_type", ""))
-    if kind not in CONFIG_MAPPING or kind.startswith("timm"):
+    if kind not in CONFIG_MAPPING:
         raise CheckpointBroken(f"{CONFIG_NAME}: model_type is not one that can be run here")
     config_class = CONFIG_MAPPING[kind]
     # Without it a detector's config would look for its usual backbone on the hub.
@@ -47,14 +53,24 @@ def read_config(folder: Path) -> Any:
         raise CheckpointBroken(f"{CONFIG_NAME}: transformers refuses it ({type(error).__name__})") from error
 
 
-def find_keys(value: Any) -> set[str]:
-    """The keys of objects in a JSON document, at any depth, whose values are neither null nor false."""
+def list_entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON document with its value, at any depth."""
     if isinstance(value, list):
-        return set().union(*map(find_keys, value))
+        for item in value:
+            yield from list_entries(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key), item
+            yield from list_entries(item)
+
+
+def drop_names(value: Any) -> Any:
+    """A config's document without the folders that its parts once came from, at any depth."""
+    if isinstance(value, list | tuple):
+        return [drop_names(item) for item in value]
     if not isinstance(value, dict):
-        return set()
-    told = {str(key) for key, item in value.items() if item is not None and item is not False}
-    return told.union(*map(find_keys, value.values()))
+        return value
+    return {key: drop_names(item) for key, item in value.items() if key != "_name_or_path"}
 
 
 def load_network(folder: Path, find_class: Callable[[Any], Any], dtype: torch.dtype) -> nn.Module:
@@ -97,9 +113,35 @@ def check_keys(found: dict[str, Any], kind: str) -> None:
         raise CheckpointBroken(f"{WEIGHTS_NAME} does not fit {kind}; {'; '.join(wrong)}")
 
 
+@torch.no_grad()
+def probe_network(network: Any, image_size: int, run: Callable[[Tensor], Seen]) -> Seen:
+    """What `run` makes of one black picture [1, 3, S, S], in evaluation mode. Raises CheckpointBroken."""
+    was_training = network.training
+    try:
+        with translate_device_errors():
+            black = torch.zeros((1, 3, image_size, image_size), device=network.device, dtype=network.dtype)
+            network.eval()  # a black picture must not enter the statistics of a normalisation
+            return run(black)
+    except ReadroomError:
+        raise
+    except Exception as error:
+        # each network refuses a picture of another size in its own way
+        raise CheckpointBroken(
+            f"the region provider cannot look at a picture of its image_size ({type(error).__name__})"
+        ) from error
+    finally:
+        network.train(was_training)
+
+
+def require_size(name: str, named: int, given: int) -> None:
+    """Raise CheckpointBroken unless the size that a spec names is the one its network gives."""
+    if named != given:
+        raise CheckpointBroken(f"regions: {name} is {named}, and its network gives {given}")
+
+
 def save_provider_files(network: Any, folder: Path) -> None:
     """Write a network's config and weights into a checkpoint folder; weights that are one tensor are written once."""
-    document = {key: value for key, value in network.config.to_dict().items() if key != "_name_or_path"}
+    document = drop_names(network.config.to_dict())
     (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights: dict[str, torch.Tensor] = {}
     written: set[int] = set()

@@ -16,9 +16,9 @@ from transformers import MODEL_MAPPING, BlipVisionConfig, BlipVisionModel
 from models.base import Picture
 from models.blip import BlipParts, normalise_pixels, stack_pictures
 from models.device import translate_device_errors
-from models.vlp.backbone import load_network, save_provider_files
+from models.vlp.backbone import load_network, probe_network, require_size, save_provider_files
 from models.vlp.regions import Regions, RegionSpec
-from readroom.errors import CheckpointBroken, ReadroomError
+from readroom.errors import CheckpointBroken
 
 __all__ = ["GridProvider", "cell_boxes", "load_grid", "save_provider_files"]
 
@@ -38,7 +38,10 @@ class GridProvider:
         self.device = device
         self.mean = spec.mean
         self.std = spec.std
-        rows, columns = self._probe()
+        features, (rows, columns) = probe_network(self.model, spec.image_size, self._run)
+        require_size("count", spec.count, features.shape[1])
+        require_size("feature_dim", spec.feature_dim, features.shape[2])
+        require_size("class_count", spec.class_count, 0)
         self.boxes = cell_boxes(rows, columns, spec.image_size).to(device)
 
     def prepare(self, images: Sequence[Picture]) -> Tensor:
@@ -71,36 +74,6 @@ class GridProvider:
         if not 0 <= leading <= MAX_LEADING + registers:
             raise CheckpointBroken("the backbone's tokens are no grid of its patches")
         return hidden[:, leading:], (rows, columns)
-
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, int]:
-        """Look at one black picture and compare what comes with the spec; the grid's (rows, columns)."""
-        was_training = self.model.training
-        side = self.spec.image_size
-        try:
-            with translate_device_errors():
-                black = torch.zeros((1, 3, side, side), device=self.device, dtype=self.model.dtype)
-                self.model.eval()  # a black picture must not enter the statistics of a normalisation
-                features, grid = self._run(black)
-        except ReadroomError:
-            raise
-        except Exception as error:
-            # each backbone refuses a picture of another size in its own way
-            raise CheckpointBroken(
-                f"the backbone cannot look at a picture of the spec's image_size ({type(error).__name__})"
-            ) from error
-        finally:
-            self.model.train(was_training)
-        check_sizes(self.spec, features)
-        return grid
-
-
-def check_sizes(spec: RegionSpec, features: Tensor) -> None:
-    """Raise CheckpointBroken naming the field of a spec that does not fit the features [1, R, F] of its backbone."""
-    found = {"count": features.shape[1], "feature_dim": features.shape[2], "class_count": 0}
-    for name, size in found.items():
-        if getattr(spec, name) != size:
-            raise CheckpointBroken(f"regions: {name} is {getattr(spec, name)}, its backbone gives {size}")
 
 
 def read_grid(config: Any, image_size: int) -> tuple[int, int]:

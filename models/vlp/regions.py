@@ -21,7 +21,7 @@ from torch.nn.functional import layer_norm
 
 from models.base import ItemReader, Picture
 from models.checkpoint import CLIP_MEAN, CLIP_STD, Floats
-from readroom.errors import CheckpointBroken
+from readroom.errors import CheckpointBroken, CheckpointMissing
 
 PROVIDERS = ("precomputed", "detector", "grid")
 # Of a spec, which is foreign input: far above any detector's, low enough that no size made of them fills a memory.
@@ -135,9 +135,12 @@ def open_provider(
     `region_dir` is the folder of precomputed features; the others read regions.json and regions.safetensors.
     """
     if spec.provider == "precomputed":
-        # h5py is needed by nobody else
-        from models.vlp.precomputed import open_precomputed
-
+        try:
+            from models.vlp.precomputed import open_precomputed
+        except ImportError:  # h5py, which nobody else needs
+            raise CheckpointMissing(
+                "precomputed regions are HDF5 files, and h5py is missing", "pip install 'readroom[regions]'"
+            ) from None
         return open_precomputed(spec, device, region_dir)
     if spec.provider == "detector":
         from models.vlp.detector import load_detector
