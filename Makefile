@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := models,decoders,embedded,postgres,flower,parquet,demo,dev
+EXTRAS := models,decoders,embedded,postgres,flower,parquet,regions,demo,dev
 # setuptools comes from constraints.txt too: a build environment of its own would take the newest one.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
