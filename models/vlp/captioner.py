@@ -23,7 +23,7 @@ from models.vlp.folder import check_parts, load_network, read_answers, read_size
 from models.vlp.layout import lay_out
 from models.vlp.network import SeenRegions, VlpModel
 from models.vlp.regions import RegionProvider, Regions, RegionSpec, locate_regions, open_provider
-from models.vlp.tokenizer import CasedTokenizer
+from models.vlp.tokenizer import CasedTokenizer, join_marks
 from readroom.errors import BadCall, CheckpointBroken
 from readroom.records import GeneratedText, GenerationSettings
 
@@ -89,9 +89,9 @@ class VlpCaptioner:
             return search_regions(self.parts, self.parts.provider.compute(batch), options)
 
     def finish(self, raw: CaptionRaw) -> list[GeneratedText]:
-        """Texts up to the first [SEP]."""
+        """Texts up to the first [SEP], their marks joined to the words."""
         pairs = zip(raw.tokens, raw.scores, strict=True)
-        return [GeneratedText(self.parts.tokenizer.decode(tokens), score) for tokens, score in pairs]
+        return [GeneratedText(join_marks(self.parts.tokenizer.decode(tokens)), score) for tokens, score in pairs]
 
     def warm_up(self) -> None:
         """Caption one grey picture with two tokens; the regions alone where no picture is seen."""

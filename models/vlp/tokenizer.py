@@ -5,6 +5,7 @@ SPEC section 9; Wu et al. 2016 for the greedy longest match.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ VOCABULARY_NAME = "vocab.txt"
 MAX_WORD_CHARS = 100
 MAX_VOCABULARY_BYTES = 16 * 1024 * 1024
 CONTINUES = "##"
+BEFORE_MARK = re.compile(r" (?=[.,;:!?)])|(?<=\() ")
+OWNS = re.compile(r" ' s\b")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -59,6 +62,11 @@ class CasedTokenizer:
             else:
                 pieces.append(word)
         return " ".join(pieces)
+
+
+def join_marks(text: str) -> str:
+    """A decoded text as people write it: marks join the word before them. The original leaves them apart."""
+    return OWNS.sub("'s", BEFORE_MARK.sub("", text))
 
 
 def read_vocabulary(path: Path) -> CasedTokenizer:
