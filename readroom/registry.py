@@ -46,11 +46,11 @@ def find_source(settings: Settings, source: str) -> CheckpointSource:
 
     One with a manifest is verified first, a plain hub folder gets a manifest there. Its ref stays what it was.
     """
-    from models.checkpoint import publish_folder, resolve_checkpoint, resolve_folder
+    from models.checkpoint import is_bundled, publish_folder, resolve_checkpoint, resolve_folder
     from models.plain import publish_plain
 
     found = resolve_checkpoint(source)
-    if source == "bundled" or not found.ref.startswith("sha256:"):
+    if is_bundled(source) or not found.ref.startswith("sha256:"):
         return found
     root = (settings.home_dir / "checkpoints").resolve()
     folder = publish_folder(found.location, root) if found.manifest else publish_plain(found, root)
@@ -58,10 +58,10 @@ def find_source(settings: Settings, source: str) -> CheckpointSource:
 
 
 def convert_source(settings: Settings, source: str) -> CheckpointSource:
-    """Pickled weights (an original BLIP .pth, a folder or hub id), converted into `<home>/checkpoints/<digest>`."""
-    from models.convert import convert_blip
+    """Pickled weights (an original BLIP .pth or VLP .bin, a folder or hub id), in `<home>/checkpoints/<digest>`."""
+    from models.convert import convert_checkpoint
 
-    return find_source(settings, str(convert_blip(source, settings.home_dir / "checkpoints")))
+    return find_source(settings, str(convert_checkpoint(source, settings.home_dir / "checkpoints")))
 
 
 def pin_checkpoint(source: CheckpointSource) -> CheckpointSource:

@@ -15,9 +15,11 @@ from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
 from models.base import run_answerer, run_captioner
 from models.blip import BlipAnswerer
+from models.blip_convert import build_tokenizer, convert_released, read_config
 from models.checkpoint import BLIP_ANSWER, BLIP_CAPTION, read_manifest, verify_folder
-from models.convert import build_tokenizer, convert_blip, convert_released, read_config, read_weights
+from models.convert import convert_checkpoint
 from models.load import load_answerer, load_captioner
+from models.released import read_weights
 from readroom.errors import CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings
 from tests.fakes.small_blip import VOCABULARY, mixed_images, save_answerer, save_hub_folder, small_model
@@ -72,7 +74,7 @@ def write_released(path: Path, model: Any, **more: Any) -> Path:
 
 def convert_small(path: Path, folder: Path, vocabulary: Path) -> Path:
     folder.mkdir()
-    convert_released(path, folder, vocabulary, head_width=HEAD_WIDTH)
+    convert_released(path, read_weights(path), folder, vocabulary, head_width=HEAD_WIDTH)
     return folder
 
 
@@ -170,21 +172,21 @@ def test_the_released_sizes_are_read_off_their_shapes(width: int, depth: int, he
 
 def test_conversion_publishes_under_the_digest(tmp_path: Path) -> None:
     source = save_hub_folder(tmp_path / "pickled", pickled=True)
-    published = convert_blip(source, tmp_path / "store")
+    published = convert_checkpoint(source, tmp_path / "store")
     assert published.name == read_manifest(published).digest
     assert [entry.name for entry in (tmp_path / "store").iterdir()] == [published.name]
 
 
 def test_a_folder_with_a_pickled_transformers_model_says_the_same_after(tmp_path: Path) -> None:
     expected = run_captioner(load_captioner(str(save_hub_folder(tmp_path / "safe")), "cpu"), mixed_images(), SETTINGS)
-    published = convert_blip(save_hub_folder(tmp_path / "pickled", pickled=True), tmp_path / "store")
+    published = convert_checkpoint(save_hub_folder(tmp_path / "pickled", pickled=True), tmp_path / "store")
     assert run_captioner(load_captioner(str(published), "cpu"), mixed_images(), SETTINGS) == expected
     assert (read_manifest(published).name, read_manifest(published).licence) == ("pickled", "")
 
 
 def test_a_pickled_answerer_is_converted_as_one(tmp_path: Path) -> None:
     model = small_model(BlipForQuestionAnswering)
-    published = convert_blip(save_hub_folder(tmp_path / "pickled", model, pickled=True), tmp_path / "store")
+    published = convert_checkpoint(save_hub_folder(tmp_path / "pickled", model, pickled=True), tmp_path / "store")
     assert read_manifest(published).task == "answer"
     questions = ["what is this?"] * 7
     expected = run_answerer(load_answerer(str(save_answerer(tmp_path / "safe")), "cpu"), mixed_images(), questions)
@@ -199,7 +201,7 @@ def test_a_pickled_hub_id_is_converted_from_the_cache(tmp_path: Path, monkeypatc
     reference = tmp_path / "hub" / "models--someone--blip" / "refs" / "main"
     reference.parent.mkdir()
     reference.write_text("a" * 40)
-    published = convert_blip("someone/blip", tmp_path / "store")
+    published = convert_checkpoint("someone/blip", tmp_path / "store")
     assert read_manifest(published).name == "someone/blip"
     assert isinstance(BlipForConditionalGeneration.from_pretrained(published), BlipForConditionalGeneration)
 
@@ -225,7 +227,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, vocabulary: P
     else:
         torch.save({"model": Intruder(marker)}, path)
     with pytest.raises(CheckpointBroken, match="more than tensors"):
-        convert_blip(path, tmp_path / "store", vocabulary)
+        convert_checkpoint(path, tmp_path / "store", vocabulary)
     assert not marker.exists()
     assert not (tmp_path / "store").exists()
 
@@ -235,7 +237,7 @@ def test_something_that_is_no_pickle_is_refused(tmp_path: Path, content: bytes) 
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointBroken):
-        convert_blip(path, tmp_path / "store", tmp_path / "vocab.txt")
+        convert_checkpoint(path, tmp_path / "store", tmp_path / "vocab.txt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": 1}}, {"model": 3}, torch.zeros(3)])
@@ -248,7 +250,7 @@ def test_a_file_without_a_table_of_tensors_is_refused(tmp_path: Path, content: A
 def test_other_weights_are_refused(tmp_path: Path, vocabulary: Path) -> None:
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "model.pth")
     with pytest.raises(CheckpointBroken, match="no weights of a BLIP"):
-        convert_blip(tmp_path / "model.pth", tmp_path / "store", vocabulary)
+        convert_checkpoint(tmp_path / "model.pth", tmp_path / "store", vocabulary)
 
 
 def test_a_missing_weight_is_named(tmp_path: Path, vocabulary: Path) -> None:
@@ -264,17 +266,17 @@ def test_without_a_vocabulary_it_says_where_to_put_one(tmp_path: Path, monkeypat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     path = write_released(tmp_path / "model.pth", small_model())
     with pytest.raises(CheckpointMissing, match=r"vocab\.txt beside the \.pth"):
-        convert_blip(path, tmp_path / "store")
+        convert_checkpoint(path, tmp_path / "store")
 
 
 def test_a_name_of_nothing_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissing, match=r"\.pth file, a folder or a hub id"):
-        convert_blip("./no/such/thing", tmp_path / "store")
+    with pytest.raises(CheckpointMissing, match=r"\.bin file, a folder or a hub id"):
+        convert_checkpoint("./no/such/thing", tmp_path / "store")
 
 
 def test_a_folder_of_safetensors_needs_no_conversion(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMissing, match=r"pytorch_model\.bin"):
-        convert_blip(save_hub_folder(tmp_path / "safe"), tmp_path / "store")
+        convert_checkpoint(save_hub_folder(tmp_path / "safe"), tmp_path / "store")
 
 
 def test_converted_configuration_is_plain_json(tmp_path: Path, vocabulary: Path) -> None:
