@@ -5,8 +5,7 @@ Pictures travel as uint8 and are normalised on the device: a quarter of the byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, GenerationConfig
-from transformers.utils import logging
 
 from models.base import Picture, run_answerer, run_captioner
 from models.checkpoint import (
@@ -28,15 +26,14 @@ from models.checkpoint import (
     read_json,
 )
 from models.device import pick_device, pick_precision, translate_device_errors
-from models.pixels import to_model_input
 from models.plain import read_normalisation
+from models.pretrained import COMPUTED_SUFFIX, hide_progress
+from models.tensors import normalise_pixels, stack_pictures
 from models.verified import open_folder
 from readroom.errors import BadCall, CheckpointBroken
 from readroom.records import GeneratedText, GenerationSettings
 
 MAX_QUESTION_TOKENS = 35  # as in models/blip_vqa.py
-# Buffers that old checkpoints carry and the classes compute.
-COMPUTED_SUFFIX = "position_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,7 @@ class BlipCaptioner:
         prompt = start_tokens(self.parts, settings.prompt)
         options = search_options(self.parts, settings, len(prompt))
         with translate_device_errors(), torch.inference_mode():
-            pixels = normalise_pixels(batch.pixels, self.parts)
+            pixels = normalise_pixels(batch.pixels, self.parts.mean, self.parts.std, self.parts.model)
             # transformers drops the last token, which it takes for the [SEP] its tokenizer appends.
             ids = torch.tensor([[*prompt, 0]], device=self.parts.device).repeat(len(pixels), 1)
             out = self.parts.model.generate(pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **options)
@@ -150,7 +147,7 @@ class BlipAnswerer:
     def _search(self, pixels: torch.Tensor, questions: list[tuple[int, ...]], settings: GenerationSettings) -> BlipRaw:
         with translate_device_errors(), torch.inference_mode():
             ids = torch.tensor(questions, device=self.parts.device)
-            shades = normalise_pixels(pixels, self.parts)
+            shades = normalise_pixels(pixels, self.parts.mean, self.parts.std, self.parts.model)
             options = search_options(self.parts, settings, 1)
             out = self.parts.model.generate(ids, shades, attention_mask=torch.ones_like(ids), **options)
             return collect_tokens(out, 1, end_token(self.parts))
@@ -166,22 +163,6 @@ class BlipAnswerer:
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
-
-
-def stack_pictures(images: Sequence[Picture], size: int) -> torch.Tensor:
-    """uint8 (N, size, size, 3) on the host. Raises BadCall for other types."""
-    if any(image.dtype != np.uint8 for image in images):
-        raise BadCall("a picture must be a uint8 array, H x W or H x W x 3")
-    ready = [image if image.shape == (size, size, 3) else to_model_input(image, size) for image in images]
-    return torch.from_numpy(np.stack(ready))
-
-
-def normalise_pixels(pixels: torch.Tensor, parts: BlipParts) -> torch.Tensor:
-    """(x / 255 - mean) / std as (N, 3, S, S) in the model's number format, on its device; computed in float32."""
-    shades = pixels.to(parts.device).permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean = torch.tensor(parts.mean, device=parts.device).view(1, 3, 1, 1)
-    std = torch.tensor(parts.std, device=parts.device).view(1, 3, 1, 1)
-    return ((shades - mean) / std).to(parts.model.dtype).contiguous()
 
 
 def start_tokens(parts: BlipParts, prompt: str) -> list[int]:
@@ -325,18 +306,6 @@ def load_model(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     # generate() fills from here what search_options leave open; checkpoints carry penalties and lengths in it
     model.generation_config = model.text_decoder.generation_config = GenerationConfig()
     return model
-
-
-@contextmanager
-def hide_progress() -> Iterator[None]:
-    """Without transformers' progress bars, which appear on any stream, for work of a second or two."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_architecture(folder: Path, kind: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForQuestionAnswering
 
-from models.blip import COMPUTED_SUFFIX, hide_progress, load_tokenizer
+from models.blip import load_tokenizer
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
@@ -27,6 +27,7 @@ from models.checkpoint import (
     write_manifest,
 )
 from models.plain import read_normalisation
+from models.pretrained import COMPUTED_SUFFIX, hide_progress
 from models.released import CONVERT_COMMAND, Weights, count_layers, find_vocabulary, read_weights
 from readroom.errors import CheckpointBroken, CheckpointMissing
 

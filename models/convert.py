@@ -8,10 +8,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from models import blip_convert
+import models.blip_convert as blip_convert
+import models.vlp.convert as vlp_convert
 from models.checkpoint import publish_folder
 from models.released import read_weights
-from models.vlp import convert as vlp_convert
 
 
 def convert_checkpoint(source: str | Path, dest_root: Path | str, vocabulary: Path | None = None) -> Path:

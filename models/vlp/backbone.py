@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from models.blip import COMPUTED_SUFFIX, hide_progress
 from models.checkpoint import read_json
 from models.device import translate_device_errors
+from models.pretrained import COMPUTED_SUFFIX, hide_progress
 from readroom.errors import CheckpointBroken, CheckpointMissing, ReadroomError
 
 Seen = TypeVar("Seen")

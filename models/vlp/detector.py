@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING
 
 from models.base import Picture
-from models.blip import BlipParts, normalise_pixels, stack_pictures
 from models.device import translate_device_errors
+from models.tensors import normalise_pixels, stack_pictures
 from models.vlp.backbone import load_network, probe_network, require_size, save_provider_files
 from models.vlp.regions import Regions, RegionSpec
 from readroom.errors import CheckpointBroken
@@ -47,9 +47,6 @@ class DetectorProvider:
         """Take a detector of transformers. Raises CheckpointBroken when its sizes are not the spec's."""
         self.model: Any = model.to(device)
         self.spec = spec
-        self.device = device
-        self.mean = spec.mean
-        self.std = spec.std
         seen = probe_network(self.model, spec.image_size, self._run)
         if seen.features.shape[1] < spec.count:
             raise CheckpointBroken(f"regions: count is {spec.count}, and the detector has {seen.features.shape[1]}")
@@ -63,7 +60,7 @@ class DetectorProvider:
     def compute(self, batch: Tensor) -> Regions:
         """The regions of pictures (N, S, S, 3) uint8. Raises OutOfMemory, DeviceBroken."""
         with translate_device_errors():
-            return self.look(normalise_pixels(batch, cast(BlipParts, self)))
+            return self.look(normalise_pixels(batch, self.spec.mean, self.spec.std, self.model))
 
     def look(self, pixels: Tensor) -> Regions:
         """The regions of normalised pictures (N, 3, S, S); gradients flow to the detector's weights."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, BlipVisionConfig, BlipVisionModel
 
 from models.base import Picture
-from models.blip import BlipParts, normalise_pixels, stack_pictures
 from models.device import translate_device_errors
+from models.tensors import normalise_pixels, stack_pictures
 from models.vlp.backbone import load_network, probe_network, require_size, save_provider_files
 from models.vlp.regions import Regions, RegionSpec
 from readroom.errors import CheckpointBroken
@@ -35,9 +35,6 @@ class GridProvider:
         """Take a backbone of transformers. Raises CheckpointBroken when its grid is not the spec's."""
         self.model: Any = model.to(device)
         self.spec = spec
-        self.device = device
-        self.mean = spec.mean
-        self.std = spec.std
         features, (rows, columns) = probe_network(self.model, spec.image_size, self._run)
         require_size("count", spec.count, features.shape[1])
         require_size("feature_dim", spec.feature_dim, features.shape[2])
@@ -51,7 +48,7 @@ class GridProvider:
     def compute(self, batch: Tensor) -> Regions:
         """The regions of pictures (N, S, S, 3) uint8. Raises OutOfMemory, DeviceBroken."""
         with translate_device_errors():
-            return self.look(normalise_pixels(batch, cast(BlipParts, self)))
+            return self.look(normalise_pixels(batch, self.spec.mean, self.spec.std, self.model))
 
     def look(self, pixels: Tensor) -> Regions:
         """The regions of normalised pictures (N, 3, S, S); gradients flow to the backbone's weights."""

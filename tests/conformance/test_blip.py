@@ -23,7 +23,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from models import hub
 from models.base import run_answerer, run_captioner
-from models.blip import BlipAnswerer, BlipCaptioner, normalise_pixels, stack_pictures
+from models.blip import BlipAnswerer, BlipCaptioner, BlipParts
 from models.checkpoint import (
     BLIP_ANSWER,
     BLIP_CAPTION,
@@ -33,6 +33,7 @@ from models.checkpoint import (
 )
 from models.load import load_answerer, load_captioner
 from models.plain import publish_plain
+from models.tensors import normalise_pixels, stack_pictures
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
 from readroom.records import GenerationSettings
 from tests.fakes.small_blip import SIZE, VOCABULARY, mixed_images, save_answerer, save_hub_folder, small_model
@@ -76,6 +77,10 @@ def as_captioner(name: str | CheckpointSource, precision: str = "float32") -> Bl
     return found
 
 
+def normalise(pixels: torch.Tensor, parts: BlipParts) -> torch.Tensor:
+    return normalise_pixels(pixels, parts.mean, parts.std, parts.model)
+
+
 # The same numbers as transformers ------------------------------------------------------------------------------------
 
 
@@ -83,7 +88,7 @@ def test_pictures_are_normalised_as_by_transformers_processor(captioner: BlipCap
     processor = BlipImageProcessorPil.from_pretrained(folder)
     images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in mixed_images(9)]
     theirs = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
-    ours = normalise_pixels(stack_pictures(images, SIZE), captioner.parts)
+    ours = normalise(stack_pictures(images, SIZE), captioner.parts)
     assert ours.shape == theirs.shape == (9, 3, SIZE, SIZE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
@@ -141,7 +146,7 @@ def score_again(captioner: BlipCaptioner, pixels: torch.Tensor, tokens: list[int
     kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     start = [parts.model.config.text_config.bos_token_id, *parts.tokenizer(prompt, add_special_tokens=False).input_ids]
     with torch.inference_mode():
-        seen = parts.model.vision_model(pixel_values=normalise_pixels(pixels, parts))[0]
+        seen = parts.model.vision_model(pixel_values=normalise(pixels, parts))[0]
         ids = torch.tensor([start + kept])
         logits = parts.model.text_decoder(ids, encoder_hidden_states=seen, is_decoder=True).logits[0]
     shares = torch.log_softmax(logits[len(start) - 1 : -1], dim=-1)
