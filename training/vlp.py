@@ -14,7 +14,6 @@ import logging
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +25,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from models.checkpoint import read_manifest
+from models.blip import hide_progress
+from models.checkpoint import DEFAULT_PROFILE, Manifest, read_manifest
 from models.vlp.config import VlpConfig
+from models.vlp.folder import save_checkpoint, sign_folder
 from models.vlp.grid import GridProvider
 from models.vlp.network import SeenRegions, VlpModel
 from models.vlp.regions import RegionSpec, locate_regions
@@ -39,6 +40,7 @@ from training.questions import every_answer, soft_scores
 from training.recipe import plan_batches
 from training.vlp_examples import Examples, join_examples, make_films, make_scenes
 from training.vlp_objective import MaskedTexts, MaskingPlan, answer_loss, caption_loss, mask_texts
+from training.vlp_publish import replace_folder
 from training.vlp_vocabulary import list_words
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ Config = dict[str, Any]
 
 LOG_EVERY_STEPS = 25
 UNKNOWN_ANSWER = "<unk>"  # place 0 of every answer list, never given
+HELD_OUT = 200  # films and scenes each that score what is published
 ALIKE_ANSWERS = 10  # one true answer counts as ten people's
 # People write "Is there a nodule" as well as "is there a nodule?"; the phantoms' questions are all of the second kind.
 CAPITAL_SHARE, UNMARKED_SHARE = 0.5, 0.1
@@ -94,7 +97,7 @@ class Teacher:
 
     def __init__(self, examples: Examples, config: Config, sizes: VlpConfig, tokenizer: CasedTokenizer) -> None:
         self.examples, self.config, self.sizes, self.tokenizer = examples, config, sizes, tokenizer
-        self.answers = {answer: place for place, answer in enumerate([UNKNOWN_ANSWER, *every_answer()])}
+        self.answers = {answer: place for place, answer in enumerate(list_answers())}
         self.captions = [tokenizer.encode(caption) for caption in examples.captions]
         self.noise = torch.Generator().manual_seed(config["seed"])
         self.rng = np.random.default_rng(config["seed"])
@@ -138,7 +141,8 @@ def open_backbone(config: Config) -> tuple[GridProvider, str]:
 
     folder = Path(config["data"]["backbone"])
     manifest = read_manifest(folder)
-    tower = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).vision_model
+    with hide_progress():
+        tower = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).vision_model
     side = manifest.image_size // tower.config.patch_size
     spec = RegionSpec(
         provider="grid",
@@ -172,6 +176,11 @@ def build_model(config: Config, spec: RegionSpec, vocabulary: int, answers: int)
     return model
 
 
+def list_answers() -> list[str]:
+    """The texts of the answer head's classes."""
+    return [UNKNOWN_ANSWER, *every_answer()]
+
+
 def draw_examples(config: Config, size: int) -> Examples:
     """Films, then scenes."""
     data, processes = config["data"], config["threads"]
@@ -200,7 +209,7 @@ def train_vlp(config: Config, metrics: TextIO) -> tuple[Learner, CasedTokenizer,
     examples = draw_examples(config, provider.spec.image_size)
     log.info("drew %d pictures in %.0f s", len(examples), time.perf_counter() - started)
     tokenizer = CasedTokenizer(list_words())
-    model = build_model(config, provider.spec, len(tokenizer.words), 1 + len(every_answer()))
+    model = build_model(config, provider.spec, len(tokenizer.words), len(list_answers()))
     teacher = Teacher(examples, config, model.config, tokenizer)
     accelerator = Accelerator(cpu=True)
     learner = Learner(model, provider)
@@ -229,3 +238,57 @@ def train_vlp(config: Config, metrics: TextIO) -> tuple[Learner, CasedTokenizer,
                 metrics.write(json.dumps(line | {"lr": optimiser.param_groups[0]["lr"], "seconds": seconds}) + "\n")
                 metrics.flush()
     return accelerator.unwrap_model(learner).eval(), tokenizer, f"{examples.name} sha256:{examples.digest()}", parent
+
+
+def publish_vlp(
+    learner: Learner,
+    tokenizer: CasedTokenizer,
+    data_id: str,
+    parent: str,
+    config: Config,
+    folder: Path,
+    held_out: int = HELD_OUT,
+) -> Manifest:
+    """Write the checkpoint folder with the scores it gets, as written, on `held_out` films and scenes.
+
+    It replaces `folder` when it is complete. Returns its manifest.
+    """
+    from training.evaluation import score_checkpoint  # late: evaluation loads what this function has written
+
+    described = {
+        "name": "bundled-vlp",
+        "parent": parent,
+        "training_data": data_id,
+        "licence": "Apache-2.0",
+        "allowed_use": "research",
+        "preprocess": DEFAULT_PROFILE,
+        "generation": config["generation"],
+        "command": COMMAND,
+    }
+
+    def fill(staged: Path) -> None:
+        spec, module = learner.provider.spec, learner.provider.module()
+        save_checkpoint(staged, learner.model, spec, tokenizer.words, module, list_answers(), **described)
+        sign_folder(staged, scores=score_checkpoint(staged, held_out, held_out), **described)
+
+    replace_folder(folder, fill)
+    return read_manifest(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train and publish as a command."""
+    parser = argparse.ArgumentParser(description="Train the bundled VLP on phantoms.")
+    parser.add_argument("--config", type=Path, default=Path("training/configs/bundled_vlp.toml"))
+    parser.add_argument("--out", type=Path, default=Path("models/bundled/vlp"))
+    parser.add_argument("--metrics", type=Path, help="file for JSON lines; default: standard output")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    config = tomllib.loads(options.config.read_text())
+    with options.metrics.open("w") if options.metrics else open(1, "w", closefd=False) as metrics:
+        learner, tokenizer, data_id, parent = train_vlp(config, metrics)
+    publish_vlp(learner, tokenizer, data_id, parent, config, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
