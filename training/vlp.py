@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from models.blip import hide_progress
 from models.checkpoint import DEFAULT_PROFILE, Manifest, read_manifest
+from models.pretrained import hide_progress
 from models.vlp.config import VlpConfig
 from models.vlp.folder import save_checkpoint, sign_folder
 from models.vlp.grid import GridProvider
