@@ -89,7 +89,12 @@ def load_network(folder: Path, find_class: Callable[[Any], Any], dtype: torch.dt
         weights = load_file(folder / WEIGHTS_NAME)
         with hide_progress():
             network, found = kind.from_pretrained(
-                None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # they are named below
+                output_loading_info=True,
             )
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
