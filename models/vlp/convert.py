@@ -122,15 +122,21 @@ def read_config(weights: Weights, head_width: int) -> VlpConfig:
         raise CheckpointBroken(f"weights do not fit a VLP: {name_keys([error.args[0]])} missing") from None
     except (IndexError, ValueError, ZeroDivisionError):
         raise CheckpointBroken("the shapes of these weights are no VLP's") from None
+    if types not in (2, len(GROWN_TYPES)):
+        raise CheckpointBroken(f"weights do not fit a VLP: {TYPES} holds {types} types, not 2 or {len(GROWN_TYPES)}")
+    if width % head_width:
+        raise CheckpointBroken(
+            f"weights do not fit a VLP: {WORDS} is {width} wide, no multiple of a head's {head_width}"
+        )
     sizes = VlpConfig(num_answers=answers)  # for what no shape tells: regions, the longest text
     return VlpConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=count_layers(weights, "bert.encoder.layer"),
-        num_attention_heads=max(1, width // head_width),
+        num_attention_heads=width // head_width,
         intermediate_size=inner,
         max_position_embeddings=max(positions, sizes.prefix_length + sizes.max_text_length + 1),
-        type_vocab_size=len(GROWN_TYPES) if types == 2 else types,
+        type_vocab_size=len(GROWN_TYPES),
         relax_projection=slices if slices > 1 else 0,
         region_feat_dim=features,
         region_num_classes=places - GEOMETRY_DIM,

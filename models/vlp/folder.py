@@ -212,6 +212,7 @@ def check_sizes(config: VlpConfig, spec: RegionSpec) -> None:
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise CheckpointBroken(f"config.json: {name} is {ours}, its regions give {theirs}")
-    # An answer head of one class could only give what is never given.
-    if config.num_answers == 1:
-        raise CheckpointBroken("config.json: num_answers is out of range")
+    # An answer head of one class could only give what is never given; prefix and text have a type each.
+    for name, size in (("num_answers", config.num_answers), ("type_vocab_size", config.type_vocab_size)):
+        if size == 1:
+            raise CheckpointBroken(f"config.json: {name} is out of range")

@@ -421,6 +421,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
         (spoil_config(region_num_classes=3), "region_num_classes is 3"),
         (spoil_config(region_geometry_dim=5), "region_geometry_dim is 5"),
         (spoil_config(num_answers=1), "num_answers"),
+        (spoil_config(type_vocab_size=1), "type_vocab_size"),
         (spoil_config(num_answers=24), r"answers\.json holds 25"),
         (spoil_config(regions=None), "regions: regions"),
         (spoil_config(regions=[]), "regions: regions"),
