@@ -1,186 +1,192 @@
-"""Score a captioner on phantoms it never saw: generate captions, parse them, compare with the exact truth.
-
-    python -m training.evaluation --checkpoint models/bundled/blip [--radiographs 200] [--scenes 200] [--json]
-
-Side is the patient's side; only what a caption states counts, so a denied finding is an absent one.
-"""
+"""Run a model on items and on held-out phantoms, through the same three steps that serve it (models/base.py)."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.utils import logging
-
-from training.data import TEST_SEED, make_radiographs, make_scenes, normalise_pixels
+from models.base import Answerer, Captioner, Model, Picture, run_answerer, run_captioner
+from models.checkpoint import CheckpointSource, resolve_folder
+from models.load import load_answerer, load_captioner
+from models.predict import ImageLike, load_picture
+from readroom.errors import BadCall, ItemError
+from readroom.records import GeneratedText, GenerationSettings
+from training import vlp_examples
+from training.data import TEST_SEED
+from training.floors import QUESTIONS, learn_floor, say_floor
+from training.phantom_scores import FILM, SCENE, count_phantoms, score_phantoms
+from training.predictions import Item, Prediction, make_prediction
 
 HELD_OUT = 200  # films and scenes each
 BATCH = 32
-GENERATION = ("num_beams", "max_new_tokens", "min_new_tokens")
-Scores = dict[str, float]
 
-FINDING_WORDS = {
-    "cardiomegaly": "cardiomegaly",
-    "effusion": "pleural effusion",
-    "pneumothorax": "pneumothorax",
-    "consolidation": "consolidation",
-    "edema": "pulmonary edema",
-    "atelectasis": "atelectasis",
-    "nodule": "nodule",
-    "pacemaker": "pacemaker",
-    "central_line": "central line",
-    "endotracheal_tube": "endotracheal tube",
-    "enteric_tube": "enteric tube",
-    "sternal_wires": "sternal wires",
-}
+Report = Callable[[int, int], None]
+"""Hears how many of how many items are done."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A captioner ready to run, and how it wants its pictures."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who is evaluated: what a checkpoint captions and answers with, None for what it cannot do.
 
-    blip: BlipForConditionalGeneration
-    tokenizer: PreTrainedTokenizerFast
-    size: int
-    mean: list[float]
-    std: list[float]
-    generation: dict[str, Any]
-
-
-def load_captioner(folder: Path) -> Loaded:
-    """Load a checkpoint folder in float32, the weights as stored."""
-    logging.disable_progress_bar()  # a bar of a hundred weights tells nothing, and --json shares the terminal
-    blip = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    processor = json.loads((folder / "preprocessor_config.json").read_text())
-    size, mean, std = processor["size"]["height"], processor["image_mean"], processor["image_std"]
-    # Handed to every call: BLIP's text decoder does not read the settings stored beside the whole model.
-    stored = json.loads((folder / "generation_config.json").read_text())
-    return Loaded(blip, tokenizer, size, mean, std, {name: stored[name] for name in GENERATION if name in stored})
-
-
-@torch.inference_mode()
-def caption_pixels(loaded: Loaded, pixels: torch.Tensor) -> list[str]:
-    """Captions of uint8 pictures [count, 3, size, size], by the checkpoint's own generation settings."""
-    captions: list[str] = []
-    for batch in torch.split(pixels, BATCH):
-        bright = normalise_pixels(batch.float() / 255, loaded.mean, loaded.std)
-        rows = loaded.blip.generate(pixel_values=bright, **loaded.generation)
-        captions += loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return captions
-
-
-def parse_finding(caption: str, words: str) -> str:
-    """How a caption names a finding: "" when absent or denied, else its side, or "present" when it has none."""
-    for sentence in caption.split("."):
-        if words in sentence and not sentence.strip().startswith("no "):
-            side = re.search(r"\b(left|right|bilateral)\b", sentence)
-            return side.group(1) if side else "present"
-    return ""
-
-
-def parse_size(caption: str) -> str:
-    """The size of the effusion a caption names, or ""."""
-    named = re.search(r"(small|moderate|large) \w+ pleural effusion", caption)
-    return named.group(1) if named else ""
-
-
-def parse_things(caption: str) -> list[tuple[str, str]]:
-    """Colour and shape of each object a scene's caption names, in its order."""
-    return re.findall(r"\ban? (\w+) (circle|square|triangle)\b", caption)
-
-
-def score_films(truths: list[str], captions: list[str]) -> Scores:
-    """Agreement of captions with the exact truth on frontal films.
-
-    `effusion_side` counts films whose effusion's side (none, left, right, bilateral) is named right; `<finding>_f1` is
-    over present/absent, `hallucination` the share of films on which something absent is named.
+    `settings` are those of captions; None means the checkpoint's own.
     """
-    frontal = [(t, c) for t, c in zip(truths, captions, strict=True) if t.startswith("frontal")]
-    scores = {
-        "films": float(len(frontal)),
-        "effusion_side": _share(_same(t, c, "pleural effusion") for t, c in frontal),
-        "effusion_size": _share(parse_size(t) == parse_size(c) for t, c in frontal if parse_size(t)),
-        "cardiomegaly": _share(_same(t, c, "cardiomegaly") for t, c in frontal),
-        "view": _share(t.split(".")[0] == c.split(".")[0] for t, c in zip(truths, captions, strict=True)),
-        "whole_caption": _share(t == c for t, c in zip(truths, captions, strict=True)),
-        "hallucination": _share(
-            any(not parse_finding(t, w) and parse_finding(c, w) for w in FINDING_WORDS.values()) for t, c in frontal
-        ),
+
+    captioner: Captioner | None
+    answerer: Answerer | None
+    settings: GenerationSettings | None = None
+
+    @property
+    def model(self) -> Model:
+        """Either, for what they share."""
+        model = self.captioner or self.answerer
+        assert model is not None  # every checkpoint has a task
+        return model
+
+
+def load_subject(
+    source: CheckpointSource,
+    device: str = "auto",
+    precision: str = "float32",
+    region_dir: Path | None = None,
+    settings: GenerationSettings | None = None,
+    tasks: Sequence[str] = ("caption", "answer"),
+) -> Subject:
+    """Load a checkpoint for those of its `tasks` that its manifest names; without a manifest, for the first of them.
+
+    Raises CheckpointMissing, CheckpointBroken.
+    """
+    does = list_tasks(source, tasks)
+    return Subject(
+        load_captioner(source, device, precision, region_dir) if "caption" in does else None,
+        load_answerer(source, device, precision, region_dir) if "answer" in does else None,
+        settings,
+    )
+
+
+def list_tasks(source: CheckpointSource, tasks: Sequence[str]) -> list[str]:
+    """Which of `tasks` a checkpoint can do. Raises CheckpointBroken when it can do none."""
+    if source.manifest is None:
+        return list(tasks[:1])
+    does = [task for task in tasks if task in source.manifest.task.split("+")]
+    if not does:
+        source.check_task(tasks[0])
+    return does
+
+
+# Items ---------------------------------------------------------------------------------------------------------------
+
+
+def predict_items(
+    subject: Subject, items: Sequence[Item], batch_size: int = BATCH, report: Report | None = None
+) -> list[Prediction]:
+    """What the subject says of each item, in order: items with a question are answered, the others captioned.
+
+    A picture that cannot be had gives predictions with an error; the others go on.
+    """
+    found: list[Prediction] = []
+    captions = [item for item in items if not item.question]
+    questions = [item for item in items if item.question]
+    for batch in [*cut_batches(captions, batch_size), *cut_batches(questions, batch_size)]:
+        found += predict_batch(subject, batch)
+        if report:
+            report(len(found), len(items))
+    return found
+
+
+def cut_batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists of at most `size`."""
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
+
+
+def predict_batch(subject: Subject, batch: Sequence[Item]) -> list[Prediction]:
+    """What is said of items of one kind; each picture is loaded once."""
+    pictures = {item.picture: item.image for item in batch}
+    seen = {name: see_picture(subject.model, image) for name, image in pictures.items()}
+    failed = {name: picture for name, picture in seen.items() if isinstance(picture, ItemError)}
+    shown = {name: picture for name, picture in seen.items() if not isinstance(picture, ItemError)}
+    good = [item for item in batch if item.picture in shown]
+    texts = iter(run_subject(subject, good, [shown[item.picture] for item in good]))
+    return [make_prediction(item, failed.get(item.picture) or next(texts).text) for item in batch]
+
+
+def see_picture(model: Model, image: ImageLike) -> Picture | ItemError:
+    """A picture as the model sees it, or why it cannot be had."""
+    try:
+        return load_picture(image, model.profile, model.image_size, model.reader)
+    except ItemError as error:
+        return error
+
+
+def run_subject(subject: Subject, items: Sequence[Item], pictures: Sequence[Picture]) -> list[GeneratedText]:
+    """One text an item; the items are all questions or all captions."""
+    if not items:
+        return []
+    if items[0].question:
+        assert subject.answerer is not None  # nobody asks who cannot answer
+        return run_answerer(subject.answerer, pictures, [item.question for item in items])
+    assert subject.captioner is not None
+    return run_captioner(subject.captioner, pictures, subject.settings)
+
+
+# Phantoms ------------------------------------------------------------------------------------------------------------
+
+
+def list_phantoms(subject: Subject, films: int, scenes: int, first_seed: int = TEST_SEED) -> list[Item]:
+    """Films and scenes with the seeds from `first_seed` on: a caption of each, and questions where they are answered.
+
+    Raises BadCall for a model that does not see pixels.
+    """
+    if subject.model.reader is not None:
+        raise BadCall(
+            "phantoms are pixels, and this checkpoint reads region features",
+            "Name one whose regions come from pixels, or another data set.",
+        )
+    drawn = draw_phantoms(subject.model.image_size, films, scenes, first_seed)
+    captions = [item for item in drawn if subject.captioner and not item.question]
+    return captions + [item for item in drawn if subject.answerer and item.question]
+
+
+@lru_cache(maxsize=1)  # models that stand side by side see the same pictures
+def draw_phantoms(size: int, films: int, scenes: int, first_seed: int) -> list[Item]:
+    """All items of `films` films and `scenes` scenes, their pictures at the model's size."""
+    groups = {
+        FILM: (films, vlp_examples.make_film_example),
+        SCENE: (scenes, vlp_examples.make_scene_example),
     }
-    return scores | {f"{name}_f1": _measure_f1(frontal, words) for name, words in FINDING_WORDS.items()}
+    return [
+        item
+        for group, (count, make) in groups.items()
+        for seed in range(first_seed, first_seed + count)
+        for item in _make_items(f"{group}:{seed}", group, make(size, QUESTIONS, seed))
+    ]
 
 
-def _same(truth: str, caption: str, words: str) -> bool:
-    return parse_finding(truth, words) == parse_finding(caption, words)
-
-
-def _measure_f1(pairs: list[tuple[str, str]], words: str) -> float:
-    """F1 of present against absent, the side included: a finding on the wrong side is a miss and a false alarm."""
-    hits = misses = alarms = 0
-    for truth, caption in pairs:
-        told, said = parse_finding(truth, words), parse_finding(caption, words)
-        hits += bool(told) and told == said
-        misses += bool(told) and told != said
-        alarms += bool(said) and told != said
-    return round(2 * hits / max(1, 2 * hits + misses + alarms), 4)
-
-
-def score_scenes(truths: list[str], captions: list[str]) -> Scores:
-    """Agreement on scenes: all shapes, all colours, both together, and the whole caption with its relation."""
-    named = [(parse_things(t), parse_things(c)) for t, c in zip(truths, captions, strict=True)]
-    return {
-        "scenes": float(len(truths)),
-        "shape": _share([shape for _, shape in t] == [shape for _, shape in c] for t, c in named),
-        "colour": _share([colour for colour, _ in t] == [colour for colour, _ in c] for t, c in named),
-        "shape_and_colour": _share(t == c for t, c in named),
-        "scene_caption": _share(t == c for t, c in zip(truths, captions, strict=True)),
-    }
-
-
-def _share(verdicts: Iterator[bool]) -> float:
-    listed = list(verdicts)
-    return round(sum(listed) / max(1, len(listed)), 4)
+def _make_items(name: str, group: str, example: vlp_examples.Example) -> Iterator[Item]:
+    pixels, caption, questions = example
+    image = pixels.transpose(1, 2, 0)
+    yield Item(name, name, image, (caption,), group)
+    for number, question in enumerate(questions):
+        yield Item(f"{name}:{number}", name, image, (question.answer,), question.group, question.text)
 
 
 def score_checkpoint(
     folder: Path, films: int = HELD_OUT, scenes: int = HELD_OUT, first_seed: int = TEST_SEED
-) -> Scores:
-    """Scores of a checkpoint folder on held-out phantoms from `first_seed` on."""
-    loaded = load_captioner(folder)
-    radiographs, shapes = make_radiographs(films, loaded.size, first_seed), make_scenes(scenes, loaded.size, first_seed)
-    return score_films(radiographs.captions, caption_pixels(loaded, radiographs.pixels)) | score_scenes(
-        shapes.captions, caption_pixels(loaded, shapes.pixels)
-    )
+) -> dict[str, float]:
+    """Scores of a checkpoint folder on held-out phantoms from `first_seed` on, as its manifest carries them.
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print scores as a table, or as one JSON document."""
-    parser = argparse.ArgumentParser(description="Score a captioner on held-out phantoms.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("models/bundled/blip"))
-    parser.add_argument("--radiographs", type=int, default=HELD_OUT)
-    parser.add_argument("--scenes", type=int, default=HELD_OUT)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    scores = score_checkpoint(options.checkpoint, options.radiographs, options.scenes)
-    if options.json:
-        print(json.dumps(scores))
-        return 0
-    table = Table("score", "value", title="held-out phantoms")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.0f}" if name in ("films", "scenes") else f"{value:.3f}")
-    Console().print(table)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    Captions always; where it answers, answers beside `answer_floor`, what the most frequent answer of each kind of
+    question would score.
+    """
+    subject = load_subject(resolve_folder(folder.resolve()))
+    predictions = predict_items(subject, list_phantoms(subject, films, scenes, first_seed))
+    scores = {name: float(count) for name, count in count_phantoms(predictions).items()}
+    scores |= {name: score.value for name, score in score_phantoms(predictions).items()}
+    if "answers" in scores:
+        floor = score_phantoms(say_floor(predictions, learn_floor()))
+        scores["answer_floor"] = floor["answer_accuracy"].value
+    return scores

@@ -282,23 +282,23 @@ def publish_captioner(
     build_tokenizer().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     write_preprocessor(folder, settings["image_size"], settings["mean"], settings["std"])
-    write_manifest(
-        folder,
-        name="bundled-blip",
-        family="blip",
-        task="caption",
-        parameters=sum(weight.numel() for weight in blip.parameters()),
-        training_data=data_id,
-        scores=score_checkpoint(folder, held_out, held_out),
-        licence="Apache-2.0",
-        allowed_use="research",
-        preprocess="dicom_voi_v1",
-        image_size=settings["image_size"],
-        mean=settings["mean"],
-        std=settings["std"],
-        generation=config["generation"],
-        command=COMMAND,
-    )
+    described = {
+        "name": "bundled-blip",
+        "family": "blip",
+        "task": "caption",
+        "parameters": sum(weight.numel() for weight in blip.parameters()),
+        "training_data": data_id,
+        "licence": "Apache-2.0",
+        "allowed_use": "research",
+        "preprocess": "dicom_voi_v1",
+        "image_size": settings["image_size"],
+        "mean": settings["mean"],
+        "std": settings["std"],
+        "generation": config["generation"],
+        "command": COMMAND,
+    }
+    write_manifest(folder, **described)  # which says how it is served, and so how it is scored
+    write_manifest(folder, scores=score_checkpoint(folder, held_out, held_out), **described)
 
 
 def main(arguments: list[str] | None = None) -> int:

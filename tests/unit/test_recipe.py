@@ -5,6 +5,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,6 @@ from training.data import (
     make_radiographs,
     make_scenes,
 )
-from training.evaluation import parse_finding, parse_size, parse_things, score_films, score_scenes
 from training.layouts import FIRST_SEED
 from training.vocabulary import DEC, PAD, SEP, build_tokenizer
 
@@ -117,56 +117,19 @@ def test_run_stops_with_a_named_error_when_the_loss_is_not_finite(config):
 
 def test_published_folder_verifies_and_captions(config, tmp_path):
     from models.checkpoint import verify_folder
-    from training.evaluation import caption_pixels, load_captioner
+    from models.predict import caption_images, get_captioner
 
     blip, data_id = recipe.train_captioner(config, io.StringIO())
     recipe.publish_captioner(blip, config, data_id, tmp_path / "blip", held_out=4)
     manifest = verify_folder(tmp_path / "blip")
     assert manifest.training_data == data_id
     assert manifest.image_size == 32
-    assert "effusion_side" in manifest.scores
-    loaded = load_captioner(tmp_path / "blip")
-    assert len(caption_pixels(loaded, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))) == 2
+    assert {"effusion_side", "shape_and_colour"} <= manifest.scores.keys() and manifest.scores["scenes"] == 4
+    black = np.zeros((32, 32, 3), dtype=np.uint8)
+    assert len(caption_images([black, black], get_captioner(str(tmp_path / "blip")))) == 2
 
 
 def test_model_is_told_its_special_tokens(config):
     text = recipe.build_model(config["model"], 100).config.text_config
     assert (text.bos_token_id, text.eos_token_id, text.sep_token_id, text.pad_token_id) == (DEC, SEP, SEP, PAD)
     assert PAD == 0
-
-
-@pytest.mark.parametrize(
-    ("caption", "words", "told"),
-    [
-        ("frontal chest radiograph. small left pleural effusion.", "pleural effusion", "left"),
-        ("frontal chest radiograph. no pleural effusion.", "pleural effusion", ""),
-        ("frontal chest radiograph. cardiomegaly.", "cardiomegaly", "present"),
-        ("large bilateral pleural effusions.", "pleural effusion", "bilateral"),
-    ],
-)
-def test_parser_reads_side_presence_and_denial(caption, words, told):
-    assert parse_finding(caption, words) == told
-
-
-def test_parser_reads_sizes_and_things():
-    assert parse_size("moderate right pleural effusion.") == "moderate"
-    assert parse_things("an orange circle above a blue square") == [("orange", "circle"), ("blue", "square")]
-
-
-def test_scores_punish_the_wrong_side():
-    truths = ["frontal chest radiograph. cardiomegaly. small left pleural effusion."] * 2
-    scores = score_films(truths, [truths[0], truths[0].replace("left", "right")])
-    assert scores["effusion_side"] == 0.5
-    assert scores["cardiomegaly"] == 1.0
-    assert scores["effusion_f1"] == 0.5
-
-
-def test_scores_count_a_thing_that_is_not_there_as_hallucinated():
-    truth = "frontal chest radiograph. normal heart size. no pleural effusion."
-    assert score_films([truth], [truth + " pacemaker."])["hallucination"] == 1.0
-    assert score_films([truth], [truth])["hallucination"] == 0.0
-
-
-def test_scene_scores_want_colours_with_their_shapes():
-    scores = score_scenes(["a red circle above a blue square"], ["a blue circle above a red square"])
-    assert scores["shape"] == 1.0 and scores["colour"] == 0.0 and scores["shape_and_colour"] == 0.0
