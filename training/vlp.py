@@ -14,13 +14,11 @@ import logging
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -30,17 +28,25 @@ from models.pretrained import hide_progress
 from models.vlp.config import VlpConfig
 from models.vlp.folder import save_checkpoint, sign_folder
 from models.vlp.grid import GridProvider
-from models.vlp.network import SeenRegions, VlpModel
-from models.vlp.regions import RegionSpec, locate_regions
+from models.vlp.network import VlpModel
+from models.vlp.regions import RegionSpec
 from models.vlp.tokenizer import CasedTokenizer
-from readroom.errors import LossNotFinite
-from training.bert_adam import BertAdam, group_parameters, linear_rate
 from training.data import TRAIN_SEED, augment_pixels, normalise_pixels
 from training.questions import every_answer, soft_scores
 from training.recipe import plan_batches
 from training.vlp_examples import Examples, join_examples, make_films, make_scenes
-from training.vlp_objective import MaskedTexts, MaskingPlan, answer_loss, caption_loss, mask_texts
+from training.vlp_objective import MaskingPlan, mask_texts
 from training.vlp_publish import replace_folder
+from training.vlp_trainer import (
+    AnswerPart,
+    CaptionPart,
+    Learner,
+    Lesson,
+    Objective,
+    open_accelerator,
+    start_course,
+    take_step,
+)
 from training.vlp_vocabulary import list_words
 
 log = logging.getLogger(__name__)
@@ -55,41 +61,6 @@ CAPITAL_SHARE, UNMARKED_SHARE = 0.5, 0.1
 # One question token is masked while answers are learned; the release found it helpful.
 QUESTION_MASKING = MaskingPlan(share=0.0, most=1, s2s=0.0)
 COMMAND = "python -m training.vlp --config training/configs/bundled_vlp.toml --out models/bundled/vlp"
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What one step teaches: `pixels` [B, 3, S, S]; captions and questions with the row of their picture."""
-
-    pixels: Tensor
-    captions: MaskedTexts
-    caption_rows: Tensor
-    questions: MaskedTexts
-    question_rows: Tensor
-    scores: Tensor
-
-
-class Learner(nn.Module):
-    """Transformer and backbone under one roof, so that both are prepared and optimised together."""
-
-    def __init__(self, model: VlpModel, provider: GridProvider) -> None:
-        super().__init__()
-        self.model = model
-        self.backbone = provider.module()
-        self.provider = provider
-
-    def forward(self, lesson: Lesson, smoothing: float) -> tuple[Tensor, Tensor]:
-        """Caption loss and answer loss."""
-        regions = self.provider.look(lesson.pixels)
-        seen = SeenRegions(regions.features, locate_regions(regions.boxes, regions.classes))
-        captions = caption_loss(self.model, pick_rows(seen, lesson.caption_rows), lesson.captions, 0.0, smoothing)
-        answers = answer_loss(self.model, pick_rows(seen, lesson.question_rows), lesson.questions, lesson.scores)
-        return captions, answers
-
-
-def pick_rows(seen: SeenRegions, rows: Tensor) -> SeenRegions:
-    """The regions of these pictures, in this order."""
-    return SeenRegions(seen.features[rows], seen.places[rows])
 
 
 class Teacher:
@@ -113,13 +84,13 @@ class Teacher:
         asked = [row for row in range(len(picks)) for _ in range(goal["questions"])]
         drawn = [self._draw_question(int(picks[row])) for row in asked]
         questions = [self.tokenizer.encode(self._vary_writing(question.text)) for question in drawn]
+        told = mask_texts(texts, self.masking, self.sizes, self.tokenizer.special, self.rng)
+        masked = mask_texts(questions, QUESTION_MASKING, self.sizes, self.tokenizer.special, self.rng)
+        scores = torch.from_numpy(np.stack([self._score(question.answer) for question in drawn]))
         return Lesson(
             normalise_pixels(bright, list(spec.mean), list(spec.std)),
-            mask_texts(texts, self.masking, self.sizes, self.tokenizer.special, self.rng),
-            torch.tensor(rows),
-            mask_texts(questions, QUESTION_MASKING, self.sizes, self.tokenizer.special, self.rng),
-            torch.tensor(asked),
-            torch.from_numpy(np.stack([self._score(question.answer) for question in drawn])),
+            CaptionPart(told, torch.tensor(rows)),
+            AnswerPart(masked, torch.tensor(asked), scores),
         )
 
     def _draw_question(self, number: int) -> Any:
@@ -188,15 +159,6 @@ def draw_examples(config: Config, size: int) -> Examples:
     return join_examples([films, make_scenes(data["scenes"], size, TRAIN_SEED, data["questions"], processes)])
 
 
-def make_optimiser(learner: Learner, optimiser: Config) -> BertAdam:
-    """BertAdam with a rate of its own for the backbone, which has learned to see already."""
-    decay = optimiser["weight_decay"]
-    groups = group_parameters(learner.model, decay, peak=optimiser["learning_rate"])
-    groups += group_parameters(learner.backbone, decay, peak=optimiser["backbone_rate"])
-    betas = (optimiser["betas"][0], optimiser["betas"][1])
-    return BertAdam(groups, lr=1.0, betas=betas, eps=optimiser["eps"], clip_norm=optimiser["clip_norm"])
-
-
 def train_vlp(config: Config, metrics: TextIO) -> tuple[Learner, CasedTokenizer, str, str]:
     """Train; metrics as JSON lines. The learner in evaluation mode, its tokenizer, training data id and parent.
 
@@ -211,33 +173,26 @@ def train_vlp(config: Config, metrics: TextIO) -> tuple[Learner, CasedTokenizer,
     tokenizer = CasedTokenizer(list_words())
     model = build_model(config, provider.spec, len(tokenizer.words), len(list_answers()))
     teacher = Teacher(examples, config, model.config, tokenizer)
-    accelerator = Accelerator(cpu=True)
-    learner = Learner(model, provider)
-    optimiser = make_optimiser(learner, config["optimiser"])
-    learner, optimiser = accelerator.prepare(learner, optimiser)
+    goal = config["objective"]
+    objective = Objective(goal["smoothing"], answer_weight=goal["answer_weight"])
     steps = sum(stage["steps"] for stage in config["stages"])
+    accelerator = open_accelerator(torch.device("cpu"))
+    course = start_course(accelerator, Learner(model, provider, provider.look), config["optimiser"], steps)
     console = Console(stderr=True)
-    learner.train()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=steps)
         for step, picks in enumerate(plan_batches(config, config["data"]["radiographs"], config["seed"])):
-            share = linear_rate(step + 1, steps + 1, config["optimiser"]["warmup"])
-            for group in optimiser.param_groups:
-                group["lr"] = share * group["peak"]
-            captions, answers = learner(teacher.make_lesson(picks, provider.spec), config["objective"]["smoothing"])
-            total = captions + config["objective"]["answer_weight"] * answers
-            if not torch.isfinite(total):
-                raise LossNotFinite(f"the loss is {total.item()} at step {step}", "Lower the learning rate.")
-            accelerator.backward(total)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            losses = take_step(course, [teacher.make_lesson(picks, provider.spec)], step, objective)
             progress.update(bar, advance=1)
             if step % LOG_EVERY_STEPS == 0 or step == steps - 1:
+                line = {"step": step, "loss": losses.captions.item(), "answer_loss": losses.answers.item()}
+                rounded = {name: round(value, 4) for name, value in line.items()}
                 seconds = round(time.perf_counter() - started, 1)
-                line = {"step": step, "loss": round(captions.item(), 4), "answer_loss": round(answers.item(), 4)}
-                metrics.write(json.dumps(line | {"lr": optimiser.param_groups[0]["lr"], "seconds": seconds}) + "\n")
+                rate = course.optimiser.param_groups[0]["lr"]
+                metrics.write(json.dumps(rounded | {"lr": rate, "seconds": seconds}) + "\n")
                 metrics.flush()
-    return accelerator.unwrap_model(learner).eval(), tokenizer, f"{examples.name} sha256:{examples.digest()}", parent
+    learner: Learner = accelerator.unwrap_model(course.learner)
+    return learner.eval(), tokenizer, f"{examples.name} sha256:{examples.digest()}", parent
 
 
 def publish_vlp(
