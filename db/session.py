@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from db.faults import BUSY, translate_faults
-from readroom.errors import SettingsError, StoreUnavailable
+from readroom.errors import SettingsError, StoreError, StoreUnavailable
 from readroom.settings import Settings
 
 SQLITE_NAME = "readroom.sqlite3"
@@ -126,11 +126,20 @@ class Store:
 
         Raises StoreUnavailable (busy, full, connection lost) or StoreError.
         """
-        engine = self._engine_here()
-        with self._translated(), self._take_turn(), engine.connect() as connection:
-            connection.execution_options(**WRITING)
-            with connection.begin():
-                yield connection
+        with self._connect_writing() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def alter(self) -> Iterator[Connection]:
+        """As `begin`, to change tables: SQLite looks at references between rows only at the end.
+
+        It cannot change a column but makes the table anew, and dropping the old one would count as deleting what other
+        tables refer to (sqlite.org/lang_altertable.html, section 7). Raises StoreError when a reference leads nowhere.
+        """
+        with self._connect_writing() as connection, self._without_references(connection), connection.begin():
+            yield connection
+            if self.dialect == "sqlite" and connection.execute(text("PRAGMA foreign_key_check")).first():
+                raise StoreError("the store holds rows that refer to others which are not there", "Restore a backup.")
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -142,6 +151,26 @@ class Store:
         """Close every pooled connection. A later use opens new ones."""
         with self._translated():
             self._engine_here().dispose()
+
+    @contextmanager
+    def _connect_writing(self) -> Iterator[Connection]:
+        engine = self._engine_here()
+        with self._translated(), self._take_turn(), engine.connect() as connection:
+            connection.execution_options(**WRITING)
+            yield connection
+
+    @contextmanager
+    def _without_references(self, connection: Connection) -> Iterator[None]:
+        if self.dialect != "sqlite":
+            yield
+            return
+        # Outside the transaction, where SQLite takes notice; the connection goes back into the pool afterwards.
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA foreign_keys=OFF")
+        try:
+            yield
+        finally:
+            driver.execute("PRAGMA foreign_keys=ON")
 
     def _measure_offset(self) -> Offset:
         with self.read() as connection:

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from itertools import product
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, func, select, update
@@ -41,23 +42,39 @@ class SubmissionState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedCaptioner:
+    """A model that sees every image of a submission: its family, its checkpoint's ref, how it generates."""
+
+    captioner: str
+    checkpoint: str
+    settings: GenerationSettings
+
+
+@dataclass(frozen=True, slots=True)
 class SubmissionPlan:
-    """What is asked for; an unfinished submission with an equal plan is gone on with. `options` is plain JSON."""
+    """What is asked for; an unfinished submission with an equal plan is gone on with. `options` is plain JSON.
+
+    Each of the captioners gets a job of each kind for each image.
+    """
 
     source_kind: str
     source: str
     priority: Priority
-    captioner: str
-    checkpoint: str
-    settings: GenerationSettings
+    captioners: tuple[PlannedCaptioner, ...]
     kinds: tuple[JobKind, ...]
     question: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the plan's canonical JSON."""
-        return digest_json(asdict(self))
+        """SHA-256 (hex) of the plan's canonical JSON.
+
+        With one captioner it is what it was when a plan had only one (revision 0001), so that an upgrade does not keep
+        a killed `enqueue` from going on.
+        """
+        described = asdict(self)
+        first, *others = described.pop("captioners")
+        return digest_json(described | first | ({"captioners": others} if others else {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +238,10 @@ def _within(submission_id: str | None, kind: JobKind | None) -> list[ColumnEleme
 
 
 class _Wanted(NamedTuple):
-    """One job that one item needs."""
+    """One job that one item needs. `by` is the place of its captioner in the plan."""
 
     found: FoundImage
+    by: int
     kind: JobKind
     question: str
     key: str
@@ -231,12 +249,12 @@ class _Wanted(NamedTuple):
 
 def _want_jobs(plan: SubmissionPlan, found: Sequence[FoundImage]) -> list[_Wanted]:
     wanted = []
-    for one in found:
-        for kind in plan.kinds:
+    for by, model in enumerate(plan.captioners):
+        for one, kind in product(found, plan.kinds):
             question = plan.question if kind is JobKind.ANSWER else ""
-            names = (plan.captioner, plan.checkpoint, plan.settings, question)
+            names = (model.captioner, model.checkpoint, model.settings, question)
             key = JobRequest(kind, one.ref.digest, one.ref.frame, *names).key
-            wanted.append(_Wanted(one, kind, question, key))
+            wanted.append(_Wanted(one, by, kind, question, key))
     return wanted
 
 
@@ -249,11 +267,11 @@ def _add_jobs(
     moment: float,
 ) -> tuple[dict[str, int], list[int]]:
     """Job ids by key, and the ids of those that are new."""
-    shared = _describe_job(submission_id, plan, moment)
+    shared = [_describe_job(submission_id, plan, model, moment) for model in plan.captioners]
     rows: dict[str, dict[str, Any]] = {}
     for one in wanted:
         own = {"key": one.key, "kind": one.kind, "question": one.question, "image_id": image_ids[image_key(one.found)]}
-        rows.setdefault(one.key, shared | own)
+        rows.setdefault(one.key, shared[one.by] | own)
     # PostgreSQL makes a second producer of the same jobs wait for the first one's rows: in one order, or they deadlock.
     keys = sorted(rows) if connection.dialect.name == "postgresql" else list(rows)
     columns = (jobs.c.key, jobs.c.id)
@@ -264,15 +282,15 @@ def _add_jobs(
     return {row.key: row.id for row in known} | new, sorted(new.values())
 
 
-def _describe_job(submission_id: str, plan: SubmissionPlan, moment: float) -> dict[str, Any]:
+def _describe_job(submission_id: str, plan: SubmissionPlan, model: PlannedCaptioner, moment: float) -> dict[str, Any]:
     return {
         "submission_id": submission_id,
         "state": JobState.QUEUED,
         "priority": plan.priority,
-        "captioner": plan.captioner,
-        "checkpoint": plan.checkpoint,
-        "settings": asdict(plan.settings),
-        "settings_digest": plan.settings.digest,
+        "captioner": model.captioner,
+        "checkpoint": model.checkpoint,
+        "settings": asdict(model.settings),
+        "settings_digest": model.settings.digest,
         "attempt": 0,
         "created_at": moment,
         "queued_at": moment,
@@ -311,13 +329,15 @@ def _describe_plan(plan: SubmissionPlan) -> dict[str, Any]:
         "source_kind": plan.source_kind,
         "source": plan.source,
         "priority": plan.priority,
-        "captioner": plan.captioner,
-        "checkpoint": plan.checkpoint,
-        "settings": asdict(plan.settings),
+        "captioners": [asdict(model) for model in plan.captioners],
         "kinds": list(plan.kinds),
         "question": plan.question,
         "options": plan.options,
     }
+
+
+def _read_captioner(model: Mapping[str, Any]) -> PlannedCaptioner:
+    return PlannedCaptioner(model["captioner"], model["checkpoint"], GenerationSettings(**model["settings"]))
 
 
 def _read_submission(row: Row[Any]) -> SubmissionRecord:
@@ -325,9 +345,7 @@ def _read_submission(row: Row[Any]) -> SubmissionRecord:
         row.source_kind,
         row.source,
         Priority(row.priority),
-        row.captioner,
-        row.checkpoint,
-        GenerationSettings(**row.settings),
+        tuple(_read_captioner(model) for model in row.captioners),
         tuple(JobKind(kind) for kind in row.kinds),
         row.question,
         row.options,

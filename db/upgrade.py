@@ -16,7 +16,7 @@ from db.session import Store
 from readroom.errors import StoreError, StoreUnavailable
 
 # The newest file of migrations/versions. Written here so that a start need not import Alembic (0.2 s).
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 MIGRATIONS = Path(__file__).parent / "migrations"
 POSTGRES_LOCK = 0x52454144  # "READ": the advisory lock of migrations
 LOCK_TIMEOUT_S = 600.0
@@ -80,7 +80,7 @@ def _migrate(store: Store) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     try:
-        with store.begin() as connection:
+        with store.alter() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except CommandError:

@@ -147,7 +147,7 @@ def resolve_checkpoint(name: str, family: str = "blip") -> CheckpointSource:
     no network. Raises CheckpointMissing or CheckpointBroken with what to do.
     """
     name = name.strip()
-    if name == "dummy" or name.startswith("dummy:"):
+    if is_dummy(name):
         return _resolve_dummy(name)
     if is_bundled(name):
         return _resolve_bundled(name.partition(":")[2] or family)
@@ -162,6 +162,11 @@ def resolve_checkpoint(name: str, family: str = "blip") -> CheckpointSource:
         f"no checkpoint is called {name!r}",
         "Give a folder, a hub id (owner/name[@revision]), `bundled` or `dummy`.",
     )
+
+
+def is_dummy(name: str) -> bool:
+    """Whether a name is that of a weightless model."""
+    return name == "dummy" or name.startswith("dummy:")
 
 
 def is_bundled(name: str) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import product
 
 from db.jobs import mark_published, unpublished_jobs
 from db.session import Store
@@ -73,7 +74,7 @@ def enqueue(
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> SubmissionCounts:
-    """Queue a job of each kind of `plan` for each image found, and list what is skipped beside the submission.
+    """Queue a job of each captioner and kind of `plan` for each image found; what is skipped is listed beside them.
 
     `publish(kind, priority, ids)` sends messages, `depth()` says how many wait; while that is
     `settings.max_queue_depth` or more nothing is added. `progress(event, number)` hears `found` (items so far),
@@ -88,7 +89,6 @@ def enqueue(
         desk = Desk(settings, store, plan, submission, publish, depth, report)
         walked = Walked()
         for images in list_images(found, skipped, walked, report):
-            desk.wait_for_room()
             desk.add_list(images)
         desk.publish_leftovers()
         counts = count_rows(store, submission, walked, skipped)
@@ -180,10 +180,15 @@ class Desk:
             pause.wait(POLL_SECONDS)
 
     def add_list(self, images: Sequence[FoundImage]) -> None:
-        """Commit the rows of a list of images, then publish the jobs that are new."""
+        """Commit the rows of a list of images, then publish the jobs that are new, while there is room for them.
+
+        One kind and one captioner at a time: a message has one kind, and a batch one captioner.
+        """
         sync_content(self._settings.home_dir, (image.ref.path for image in images))
-        for kind in self._plan.kinds:
-            added = add_images(self._store, self._submission, replace(self._plan, kinds=(kind,)), images)
+        for kind, captioner in product(self._plan.kinds, self._plan.captioners):
+            self.wait_for_room()
+            part = replace(self._plan, kinds=(kind,), captioners=(captioner,))
+            added = add_images(self._store, self._submission, part, images)
             self._resumed += added.resumed
             self._publish_ids(kind, self._plan.priority, [*added.queued, *added.raised])
 
@@ -248,5 +253,5 @@ def count_dry(found: Iterable[Found], plan: SubmissionPlan, report: Progress) ->
             if walked.items % PROGRESS_ITEMS == 0:
                 report("found", walked.items)
         studies = memory.execute("SELECT count(*) FROM studies").fetchone()[0]
-    queued = walked.images * len(plan.kinds)
+    queued = walked.images * len(plan.kinds) * len(plan.captioners)
     return SubmissionCounts("", walked.items, queued, 0, skipped, studies, walked.images)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from readroom.errors import BadCall, ReadroomError, SettingsError
+from readroom.records import FAMILIES
 from readroom.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -261,9 +262,11 @@ def enqueue_options(command: Callable[P, R]) -> Callable[P, R]:
         click.argument("path", type=click.Path(path_type=Path)),
         click.option("--task", type=click.Choice(["caption"]), default="caption", show_default=True,
                      help="What is asked of each image."),
-        click.option("--captioner", type=click.Choice(["blip"]), default="blip", show_default=True,
-                     help="Family of the captioning model."),
-        click.option("--model", help="Checkpoint: a registered name, `bundled`, `dummy`, a folder or a hub id."),
+        click.option("--captioner", "captioners", type=click.Choice(FAMILIES), multiple=True, default=FAMILIES[:1],
+                     show_default=True, help="Family of the captioning model; given twice, each image is captioned by "
+                     "both."),
+        click.option("--model", help="Checkpoint: a registered name, `bundled`, `dummy`, a folder or a hub id "
+                     "[READROOM_BLIP_MODEL, READROOM_VLP_MODEL]; default the registry's active one."),
         click.option("--priority", type=click.Choice(["stat", "routine", "bulk"]), default="bulk", show_default=True,
                      help="Which queue the jobs go to."),
         click.option("--dry-run", is_flag=True, help="Only say what would be enqueued."),
@@ -316,7 +319,7 @@ def submit(kind: str, path: Path, extra: dict[str, Any], **options: Any) -> None
         source_kind=kind,
         path=path,
         priority=Priority(options["priority"]),
-        captioner=options["captioner"],
+        captioners=options["captioners"],
         model=options["model"],
         options=tuple(extra.items()),
         dry_run=options["dry_run"],

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from readroom.errors import BadCall, CheckpointBroken, SettingsError
-from readroom.records import FoundImage, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
-from readroom.settings import Settings
+from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing, SettingsError
+from readroom.records import FAMILIES, FoundImage, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
+from readroom.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
     from db.checkpoints import CheckpointRecord
     from db.session import Store
-    from db.submissions import SubmissionPlan
+    from db.submissions import PlannedCaptioner, SubmissionPlan
     from models.checkpoint import CheckpointSource
 
-DEFAULT_BLIP = "Salesforce/blip-image-captioning-base"
+# What is taken where neither command, setting nor registry names a checkpoint. There is no VLP on any hub.
+PUBLISHED = {
+    ("blip", JobKind.CAPTION): "Salesforce/blip-image-captioning-base",
+    ("blip", JobKind.ANSWER): "Salesforce/blip-vqa-base",
+}
+# BLIP answers with other weights than it captions with, and its setting names the captioner. One VLP can do both.
+SETTINGS_NAME_CAPTIONERS_ONLY = frozenset({"blip"})
 
 # Left out by policy: the export is fine, these are just not what is drafted. Everything else names damage or a
 # refusal that somebody should look at, and makes `enqueue` end with exit status 1.
@@ -39,12 +45,15 @@ EXPECTED_REASONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What one `enqueue` was asked: `source_kind` is pacs, coco, mimic or images; `options` belong to that producer."""
+    """What one `enqueue` was asked: `source_kind` is pacs, coco, mimic or images; `options` belong to that producer.
+
+    Each image is captioned by each of the `captioners`, which are families.
+    """
 
     source_kind: str
     path: Path
     priority: Priority
-    captioner: str = "blip"
+    captioners: tuple[str, ...] = FAMILIES[:1]
     model: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     dry_run: bool = False
@@ -95,24 +104,50 @@ def submit_intake(
 
 
 def plan_submission(settings: Settings, store: Store, intake: Intake) -> SubmissionPlan:
-    """The submission as it is remembered: checkpoint and generation settings are fixed here, once."""
+    """The submission as it is remembered: checkpoints and generation settings are fixed here, once.
+
+    In whatever order the captioners were named, it is the same plan.
+    """
     from db.submissions import SubmissionPlan
 
-    source = choose_checkpoint(settings, store, intake.captioner, intake.model, remember=not intake.dry_run)
+    families = [family for family in FAMILIES if family in intake.captioners]
+    check_model(intake.model, families)
     return SubmissionPlan(
         source_kind=intake.source_kind,
         source=str(intake.path.resolve()),
         priority=intake.priority,
-        captioner=intake.captioner,
-        checkpoint=source.ref,
-        settings=choose_generation(settings, source),
+        captioners=tuple(plan_captioner(settings, store, family, intake) for family in families),
         kinds=(JobKind.CAPTION,),
         options=dict(intake.options),
     )
 
 
+def plan_captioner(settings: Settings, store: Store, family: str, intake: Intake) -> PlannedCaptioner:
+    """A family with the checkpoint and the settings that it captions with in this submission."""
+    from db.submissions import PlannedCaptioner
+
+    source = choose_checkpoint(settings, store, family, intake.model, remember=not intake.dry_run)
+    return PlannedCaptioner(family, source.ref, choose_generation(settings, source))
+
+
+def check_model(model: str | None, families: Sequence[str]) -> None:
+    """Raise BadCall for a `--model` that several captioners cannot share."""
+    from models.checkpoint import BUNDLED, is_dummy
+
+    if model and len(families) > 1 and not (model == BUNDLED or is_dummy(model)):
+        raise BadCall(
+            f"--model names one checkpoint, and there are {len(families)} captioners",
+            f"Set {' and '.join(map(name_variable, families))}, or give `--model {BUNDLED}` to try them.",
+        )
+
+
 def choose_checkpoint(
-    settings: Settings, store: Store | None, family: str, model: str | None, remember: bool
+    settings: Settings,
+    store: Store | None,
+    family: str,
+    model: str | None,
+    remember: bool,
+    kind: JobKind = JobKind.CAPTION,
 ) -> CheckpointSource:
     """As `look_up_checkpoint`; hub checkpoints by the commit, where it can be told.
 
@@ -120,41 +155,93 @@ def choose_checkpoint(
     """
     from readroom.registry import pin_checkpoint, record_source
 
-    source = pin_checkpoint(look_up_checkpoint(settings, store, family, model))
+    source = pin_checkpoint(look_up_checkpoint(settings, store, family, model, kind))
     if remember and store is not None:
         record_source(store, source)
     return source
 
 
-def look_up_checkpoint(settings: Settings, store: Store | None, family: str, model: str | None) -> CheckpointSource:
-    """The checkpoint by name: the command's, the setting's, the registry's active one, else BLIP-base from the hub.
+def look_up_checkpoint(
+    settings: Settings, store: Store | None, family: str, model: str | None, kind: JobKind = JobKind.CAPTION
+) -> CheckpointSource:
+    """The checkpoint by name: the command's, the setting's, the registry's active one, else the published one.
 
     Names are looked up in the registry first; `store` None means there is none. Touches no network.
-    Raises CheckpointMissing or CheckpointBroken, also when the registered folder holds another checkpoint by now.
+    Raises CheckpointMissing or CheckpointBroken, also when the registered folder holds another checkpoint by now, and
+    BadCall when it is of another family.
     """
-    from models.checkpoint import resolve_checkpoint
+    found = find_checkpoint_source(store, family, name_checkpoint(settings, family, model, kind), kind)
+    if found.family not in (family, "dummy"):
+        raise BadCall(
+            f"checkpoint {found.name} is of the family {found.family}, and {family} was asked for",
+            f"Name a {family.upper()} checkpoint with --model or {name_variable(family)}.",
+        )
+    found.check_task(kind)
+    return found
 
-    name = model or settings.blip_model
-    known = find_registered(store, family, name) if store is not None else None
+
+def name_checkpoint(settings: Settings, family: str, model: str | None, kind: JobKind) -> str | None:
+    """The name that the command or the setting gives, `bundled` with its family; None when neither does."""
+    from models.checkpoint import BUNDLED, name_bundled
+
+    is_served = kind is JobKind.CAPTION or family not in SETTINGS_NAME_CAPTIONERS_ONLY
+    name = model or (settings.name_model(family) if is_served else None)
+    return name_bundled(family) if name == BUNDLED else name
+
+
+def name_variable(family: str) -> str:
+    """The variable that names a family's captioner."""
+    return f"{PREFIX}{family.upper()}_MODEL"
+
+
+def find_checkpoint_source(store: Store | None, family: str, name: str | None, kind: JobKind) -> CheckpointSource:
+    """What `look_up_checkpoint` finds, whatever its family turns out to be."""
+    from models.checkpoint import is_bundled, resolve_checkpoint
+
+    known = find_registered(store, family, name, kind) if store is not None else None
     if known is None:
-        return resolve_checkpoint(name or DEFAULT_BLIP)
-    found = resolve_checkpoint(known.location)
+        return resolve_checkpoint(name or name_published(family, kind), family)
+    found = resolve_checkpoint(known.location, known.family)
     if found.ref == known.ref:
         return replace(found, name=known.name, family=known.family)
-    if name == "bundled":  # another release of Readroom brought another one
+    if name and is_bundled(name):  # another release of Readroom brought another one
         return resolve_checkpoint(name)
     raise CheckpointBroken(
         f"the folder of checkpoint {known.name} holds another one by now", "Add it again: readroom checkpoints add"
     )
 
 
-def find_registered(store: Store, family: str, name: str | None) -> CheckpointRecord | None:
+def is_chosen(settings: Settings, store: Store | None, family: str) -> bool:
+    """Whether there is a captioner of the family to look up when a command names none."""
+    from db.checkpoints import active_checkpoint
+
+    active = active_checkpoint(store, family) if store is not None else None
+    return bool(active or settings.name_model(family) or (family, JobKind.CAPTION) in PUBLISHED)
+
+
+def name_published(family: str, kind: JobKind) -> str:
+    """The checkpoint that a family's authors published. Raises CheckpointMissing where nobody can fetch any."""
+    published = PUBLISHED.get((family, kind))
+    if published is None:
+        raise CheckpointMissing(
+            f"no {family.upper()} checkpoint was chosen, and there is none on the hub",
+            f"Set {name_variable(family)}, or run `readroom checkpoints add FOLDER --activate`. To try it: "
+            "`--model bundled`, a small one that knows drawn phantoms only.",
+        )
+    return published
+
+
+def find_registered(store: Store, family: str, name: str | None, kind: JobKind) -> CheckpointRecord | None:
     """The registered checkpoint of that name, without a name the active one of the family; None when none is."""
     from db.checkpoints import active_checkpoint, find_checkpoint
 
     if name:
         return find_checkpoint(store, name)
-    return active_checkpoint(store, family) or find_checkpoint(store, DEFAULT_BLIP)
+    active = active_checkpoint(store, family)
+    if active is not None and (kind is JobKind.CAPTION or kind in active.manifest.get("task", "").split("+")):
+        return active
+    published = PUBLISHED.get((family, kind))
+    return find_checkpoint(store, published) if published else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from db.jobs import claim_jobs, write_outcomes
 from db.session import Store
-from db.submissions import SubmissionPlan, add_images, open_submission
+from db.submissions import PlannedCaptioner, SubmissionPlan, add_images, open_submission
 from db.tables import jobs
 from readroom.records import FoundImage, GenerationSettings, ImageRef, JobKind, JobState, Outcome, Priority, Reason
 
@@ -18,16 +18,16 @@ PLAN = SubmissionPlan(
     source_kind="pacs",
     source="/exports/monday",
     priority=Priority.ROUTINE,
-    captioner="blip",
-    checkpoint="dummy:",
-    settings=GenerationSettings(num_beams=2),
+    captioners=(PlannedCaptioner("blip", "dummy:", GenerationSettings(num_beams=2)),),
     kinds=(JobKind.CAPTION,),
 )
 
 
 def make_plan(**changes: Any) -> SubmissionPlan:
-    """The usual plan with some fields changed."""
-    return replace(PLAN, **changes)
+    """The usual plan with some fields changed, its own or those of its one captioner."""
+    own = {name: changes.pop(name) for name in ("captioner", "checkpoint", "settings") if name in changes}
+    plan = replace(PLAN, **changes)
+    return replace(plan, captioners=tuple(replace(one, **own) for one in plan.captioners))
 
 
 def make_image(number: int, **changes: Any) -> FoundImage:

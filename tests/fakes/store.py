@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from db.session import Store
-from db.submissions import SubmissionPlan, add_images, open_submission
+from db.submissions import PlannedCaptioner, SubmissionPlan, add_images, open_submission
 from models.base import Picture
 from models.decode_guard import RenderRequest
 from readroom.errors import ImageError
@@ -27,8 +27,8 @@ def add_jobs(
     store: Store, found: Sequence[FoundImage], priority: Priority = Priority.BULK, checkpoint: str = CHECKPOINT
 ) -> list[int]:
     """Queued rows, as a producer leaves them before it publishes; the ids in the order of `found`."""
-    plan = SubmissionPlan("images", f"/{priority}", priority, "fake", checkpoint, GenerationSettings(),
-                          (JobKind.CAPTION,))  # fmt: skip
+    captioners = (PlannedCaptioner("fake", checkpoint, GenerationSettings()),)
+    plan = SubmissionPlan("images", f"/{priority}", priority, captioners, (JobKind.CAPTION,))
     submission = open_submission(store, plan)
     ids: list[int] = []
     for start in range(0, len(found), 500):

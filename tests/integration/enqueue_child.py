@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from db.session import open_store, store_url
-from db.submissions import SubmissionPlan
+from db.submissions import PlannedCaptioner, SubmissionPlan
 from producer import enqueue
 from producer.coco import read_coco
 from producer.pacs import scan_export
@@ -47,7 +47,8 @@ def main(kind: str, folder: str, home: str) -> None:
     enqueue.LIST_IMAGES = int(os.environ.get("READROOM_TEST_LIST", enqueue.LIST_IMAGES))
     store = open_store(store_url(settings))
     found = scan_export(Path(folder), settings) if kind == "pacs" else read_coco(Path(folder), settings)
-    plan = SubmissionPlan(kind, folder, Priority.BULK, "blip", "dummy", GenerationSettings(), (JobKind.CAPTION,))
+    captioners = (PlannedCaptioner("blip", "dummy", GenerationSettings()),)
+    plan = SubmissionPlan(kind, folder, Priority.BULK, captioners, (JobKind.CAPTION,))
     counts = enqueue.enqueue(settings, store, found, plan, publish, lambda: 0, say)
     numbers = {name: getattr(counts, name) for name in ("submission", "found", "queued", "already_done", "images")}
     print(json.dumps(numbers | {"skipped": len(counts.skipped), "peak_kb": read_peak()}), flush=True)

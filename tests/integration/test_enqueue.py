@@ -19,6 +19,7 @@ from sqlalchemy import select
 from db.jobs import drop_failures, unpublished_jobs
 from db.session import Store, open_store, store_url
 from db.submissions import (
+    PlannedCaptioner,
     SubmissionPlan,
     SubmissionState,
     add_images,
@@ -34,7 +35,7 @@ from producer.pacs import scan_export
 from producer.skipped import SkippedLog, read_skipped, skipped_path
 from readroom.cli import name_failed
 from readroom.errors import BadCall, BrokerError, SourceError, StoreError
-from readroom.records import GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
+from readroom.records import FAMILIES, GenerationSettings, JobKind, Priority, SkippedItem, SubmissionCounts
 from readroom.settings import Settings, load_settings
 from tests import exports
 from tests.fakes.items import fail_jobs
@@ -91,8 +92,14 @@ def queue() -> Queue:
     return Queue()
 
 
-def make_plan(source: str = "export", priority: Priority = Priority.BULK, checkpoint: str = "dummy") -> SubmissionPlan:
-    return SubmissionPlan("pacs", source, priority, "blip", checkpoint, GenerationSettings(), (JobKind.CAPTION,))
+def make_plan(
+    source: str = "export",
+    priority: Priority = Priority.BULK,
+    checkpoint: str = "dummy",
+    captioners: tuple[PlannedCaptioner, ...] = (),
+) -> SubmissionPlan:
+    one = PlannedCaptioner("blip", checkpoint, GenerationSettings())
+    return SubmissionPlan("pacs", source, priority, captioners or (one,), (JobKind.CAPTION,))
 
 
 def run(
@@ -189,6 +196,61 @@ def test_another_checkpoint_is_other_work(settings: Settings, store: Store, queu
     run(settings, store, scan_export(export, settings), queue)
     other = run(settings, store, scan_export(export, settings), queue, make_plan(checkpoint="other"))
     assert (other.queued, other.already_done) == (19, 0)
+
+
+BOTH = tuple(PlannedCaptioner(family, f"dummy:{family}", GenerationSettings()) for family in FAMILIES)
+
+
+def test_several_captioners_get_their_own_messages_of_every_image(
+    settings: Settings, store: Store, queue: Queue, export: Path
+) -> None:
+    counts = run(settings, store, scan_export(export, settings), queue, make_plan(captioners=BOTH))
+    assert (counts.images, counts.queued, counts.already_done, counts.studies) == (19, 38, 0, 18)
+    with store.read() as connection:
+        captioner_of = dict(connection.execute(select(jobs.c.id, jobs.c.captioner)).all())
+    assert len(queue.ids) == len(set(queue.ids)) == len(captioner_of) == 38
+    # A batch has one captioner, so that messages of several would be cut up again by every worker.
+    assert [{captioner_of[job_id] for job_id in ids} for _, _, ids in queue.sent] == [{"blip"}, {"vlp"}]
+    again = run(settings, store, scan_export(export, settings), queue, make_plan(captioners=BOTH))
+    assert (again.queued, again.already_done) == (0, 38)
+
+
+def test_a_captioner_that_is_added_later_gets_only_its_own_jobs(
+    settings: Settings, store: Store, queue: Queue, export: Path
+) -> None:
+    run(settings, store, scan_export(export, settings), queue, make_plan(captioners=BOTH[:1]))
+    counts = run(settings, store, scan_export(export, settings), queue, make_plan(captioners=BOTH))
+    assert (counts.images, counts.queued, counts.already_done) == (19, 19, 19)
+
+
+def test_a_dry_run_counts_the_jobs_of_each_captioner(
+    settings: Settings, store: Store, queue: Queue, export: Path
+) -> None:
+    found = scan_export(export, settings, keep=False)
+    counts = run(settings, store, found, queue, make_plan(captioners=BOTH), dry_run=True)
+    assert (counts.images, counts.queued) == (19, 38)
+
+
+def test_a_queue_that_the_first_captioner_fills_holds_up_the_second(
+    settings: Settings, store: Store, queue: Queue, export: Path
+) -> None:
+    def progress(event: str, _number: int) -> None:
+        if event == "waiting":
+            queue.waiting = 0
+            waited.append(len(queue.sent))
+
+    waited: list[int] = []
+    queue.publish = lambda *message: fill(queue, message)  # type: ignore[method-assign]
+    narrow = settings.model_copy(update={"max_queue_depth": 5})
+    run(narrow, store, scan_export(export, settings), queue, make_plan(captioners=BOTH), progress=progress)
+    assert (waited, len(queue.ids)) == ([1], 38)
+
+
+def fill(queue: Queue, message: tuple[JobKind, Priority, list[int]]) -> int:
+    """Every message fills the queue until somebody waits."""
+    queue.sent.append(message)
+    queue.waiting = 9
+    return 1
 
 
 def test_a_more_urgent_rerun_publishes_waiting_jobs_again(

@@ -8,15 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import MetaData, text
 
+from db.jobs import claim_jobs
 from db.session import Store, open_store
+from db.submissions import (
+    PlannedCaptioner,
+    SubmissionPlan,
+    close_submission,
+    count_jobs,
+    get_submission,
+    list_submissions,
+    open_submission,
+)
 from db.tables import metadata
 from db.upgrade import HEAD_REVISION, MIGRATIONS, _lock_store, read_revision
 from readroom.errors import StoreError
+from readroom.records import GenerationSettings, JobKind, JobState, Priority, SubmissionCounts, digest_json
 from tests.fakes.items import add_jobs
 
 OPENER = "import sys; from db.session import open_store; print('ready', flush=True); input(); open_store(sys.argv[1])"
@@ -33,6 +46,104 @@ def test_an_empty_store_is_migrated_to_exactly_the_tables_of_the_code(empty_url:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, metadata) == []
     assert len(metadata.tables) == 7
+    store.close()
+
+
+# --- from the first release -----------------------------------------------------------------------------------------
+
+FIRST_PLAN = {
+    "source_kind": "coco",
+    "source": "/exports/Röntgen",
+    "priority": "stat",
+    "captioner": "blip",
+    "checkpoint": "sha256:aa",
+    "settings": {"num_beams": 3, "max_new_tokens": 16, "min_new_tokens": 1, "prompt": "a picture of "},
+    "kinds": ["caption"],
+    "question": "",
+    "options": {"split": "val2017"},
+}
+
+
+def write_first_release(url: str) -> Store:
+    """A store at revision 0001 with a closed submission, one that was killed, and a job of it."""
+    store = Store(url)
+    if store.path is not None:
+        store.path.parent.mkdir()
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with store.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        tables = MetaData()
+        tables.reflect(connection)
+        numbers = dict.fromkeys(("found", "queued", "already_done", "skipped", "studies", "images"), 1)
+        digest = digest_json(FIRST_PLAN)
+        for name, state in (("closed", "enqueued"), ("killed", "enqueuing")):
+            row = {**FIRST_PLAN, **numbers, "id": name, "state": state, "plan_digest": digest, "created_at": 1.0}
+            connection.execute(tables.tables["submissions"].insert().values(row))
+        image = {"id": 1, "digest": "d" * 64, "frame": 0, "sop_instance_uid": "", "path": "/x", "view_rank": 2}
+        connection.execute(tables.tables["images"].insert().values(**image, flags=[], created_at=1.0))
+        plan = {name: FIRST_PLAN[name] for name in ("captioner", "checkpoint", "settings", "priority", "question")}
+        job = {"id": 1, "key": "k" * 64, "kind": "caption", "state": "queued", "submission_id": "killed", "image_id": 1}
+        times = {"attempt": 0, "created_at": 1.0, "queued_at": 1.0, "settings_digest": "s" * 64}
+        connection.execute(tables.tables["jobs"].insert().values(plan | job | times))
+        link = {"submission_id": "killed", "job_id": 1, "item": "x", "image_id": 1, "reference_texts": []}
+        connection.execute(tables.tables["submission_jobs"].insert().values(link))
+    return store
+
+
+def test_a_store_of_the_first_release_keeps_its_submissions_and_their_jobs(empty_url: str) -> None:
+    write_first_release(empty_url).close()
+    store = open_store(empty_url)
+    settings = GenerationSettings(3, 16, 1, "a picture of ")
+    captioners = (PlannedCaptioner("blip", "sha256:aa", settings),)
+    plan = SubmissionPlan("coco", "/exports/Röntgen", Priority.STAT, captioners, (JobKind.CAPTION,), "",
+                          {"split": "val2017"})  # fmt: skip
+    records = {record.id: record for record in list_submissions(store)}
+    assert {name: record.plan for name, record in records.items()} == {"closed": plan, "killed": plan}
+    assert records["closed"].found == records["closed"].images == 1
+    assert count_jobs(store, "killed")[JobState.QUEUED] == 1
+    assert [job.captioner for job in claim_jobs(store, [1], "w", 60)] == ["blip"]
+    store.close()
+
+
+def test_an_enqueue_that_was_killed_before_an_upgrade_goes_on_after_it(empty_url: str) -> None:
+    write_first_release(empty_url).close()
+    store = open_store(empty_url)
+    record = get_submission(store, "closed")
+    assert record is not None
+    assert open_submission(store, record.plan) == "killed"
+    # The index that makes it so is still there, and still looks at unfinished submissions only.
+    close_submission(store, "killed", SubmissionCounts("killed"))
+    again = open_submission(store, record.plan)
+    assert again not in ("killed", "closed")
+    assert open_submission(store, record.plan) == again
+    store.close()
+
+
+def test_a_store_of_the_first_release_becomes_exactly_the_tables_of_the_code(empty_url: str) -> None:
+    write_first_release(empty_url).close()
+    store = open_store(empty_url)
+    with store.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+        if store.dialect == "sqlite":
+            assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+            assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+    with pytest.raises(StoreError), store.begin() as connection:
+        connection.execute(text("DELETE FROM submissions WHERE id = 'killed'"))
+    store.close()
+
+
+def test_a_store_whose_rows_refer_to_nothing_is_not_migrated(tmp_path: Path) -> None:
+    store = write_first_release(f"sqlite:///{tmp_path / 'home' / 'readroom.sqlite3'}")
+    with store.alter() as connection:
+        connection.execute(text("CREATE TABLE kept (id INTEGER)"))
+    with pytest.raises(StoreError, match="which are not there"), store.alter() as connection:
+        connection.execute(text("DELETE FROM images"))
+    with store.read() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM images")) == 1
+        assert connection.scalar(text("SELECT count(*) FROM kept")) == 0
     store.close()
 
 

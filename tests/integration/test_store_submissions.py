@@ -11,6 +11,7 @@ from db.jobs import claim_jobs, drop_failures, list_failures, mark_published, un
 from db.session import Store, now
 from db.submissions import (
     MAX_QUESTION_CHARS,
+    PlannedCaptioner,
     SubmissionState,
     add_images,
     close_submission,
@@ -23,7 +24,15 @@ from db.submissions import (
 )
 from db.tables import images, studies, submission_jobs
 from readroom.errors import BadCall
-from readroom.records import ImageRef, JobKind, JobState, Priority, SkippedItem, SubmissionCounts
+from readroom.records import (
+    GenerationSettings,
+    ImageRef,
+    JobKind,
+    JobState,
+    Priority,
+    SkippedItem,
+    SubmissionCounts,
+)
 from tests.fakes.items import add_jobs, fail_jobs, finish_jobs, make_image, make_images, make_plan, set_columns
 
 
@@ -159,6 +168,44 @@ def test_several_kinds_make_several_jobs_of_each_image(store: Store) -> None:
     assert len(add_jobs(store, 3, kinds=(JobKind.CAPTION, JobKind.ANSWER), question="Effusion?")) == 6
     with pytest.raises(BadCall, match="studies"):
         add_jobs(store, 1, kinds=(JobKind.REPORT,))
+
+
+TWO = (
+    PlannedCaptioner("blip", "sha256:b", GenerationSettings(num_beams=3)),
+    PlannedCaptioner("vlp", "sha256:v", GenerationSettings(num_beams=5, min_new_tokens=0)),
+)
+
+
+def test_several_captioners_each_get_a_job_of_each_image(store: Store) -> None:
+    plan = make_plan(captioners=TWO)
+    submission = open_submission(store, plan)
+    added = add_images(store, submission, plan, make_images(5))
+    assert (len(added.queued), added.images_new, added.already_done) == (10, 5, 0)
+    claimed = claim_jobs(store, added.queued, "w", 60)
+    asked = {(job.image.digest, PlannedCaptioner(job.captioner, job.checkpoint, job.settings)) for job in claimed}
+    assert asked == {(make_image(number).ref.digest, one) for one in TWO for number in range(5)}
+    tally = tally_submission(store, submission)
+    assert (tally.queued, tally.already_done, tally.images, tally.studies) == (10, 0, 5, 2)
+    record = get_submission(store, submission)
+    assert record is not None
+    assert record.plan == plan
+
+
+def test_a_second_captioner_finds_the_first_ones_jobs_done(store: Store) -> None:
+    alone = make_plan(captioners=TWO[:1])
+    add_images(store, open_submission(store, alone), alone, make_images(4))
+    both = make_plan(captioners=TWO)
+    submission = open_submission(store, both)
+    added = add_images(store, submission, both, make_images(4))
+    assert (len(added.queued), added.already_done, added.images_new) == (4, 4, 0)
+    assert {job.captioner for job in claim_jobs(store, added.queued, "w", 60)} == {"vlp"}
+    again = add_images(store, submission, both, make_images(4))
+    assert (again.queued, again.already_done, again.resumed) == ([], 0, 8)
+
+
+def test_plans_with_other_captioners_are_other_plans() -> None:
+    plans = [make_plan(captioners=chosen) for chosen in (TWO, TWO[:1], TWO[1:], TWO[::-1])]
+    assert len({plan.digest for plan in plans}) == 4
 
 
 def test_equal_files_are_two_items_and_one_job(store: Store) -> None:
