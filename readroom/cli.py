@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from db.session import Store
     from readroom.records import SubmissionCounts
+    from readroom.scoring import Scoreboard
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -590,6 +591,66 @@ def caption(images: tuple[Path, ...], model: str | None, as_json: bool) -> None:
         for row in rows:
             click.echo(f"{row['image']}: {row['caption'] or 'failed: ' + row['error']}")
     sys.exit(ITEMS_FAILED if any(row["error"] for row in rows) else 0)
+
+
+@main.command()
+@click.option("--model", "families", multiple=True, type=click.Choice(FAMILIES), default=FAMILIES[:1],
+              show_default=True, help="Family of the model; given several times, they stand side by side.")  # fmt: skip
+@click.option("--checkpoint", "checkpoints", multiple=True,
+              help="One for all, or one for each --model. Default: READROOM_BLIP_MODEL, READROOM_VLP_MODEL; else on "
+              "phantoms `bundled`, on other data the registry's active one.")  # fmt: skip
+@click.option("--dataset", type=click.Choice(["phantoms", "coco", "vqa"]), default="phantoms", show_default=True,
+              help="Held-out phantoms, captions of a COCO folder, or VQA v2.")  # fmt: skip
+@click.option("--data_dir", "--data-dir", type=click.Path(path_type=Path), help="The data set [READROOM_DATA_DIR].")
+@click.option("--split", help="Default val2017 of coco, val2014 of vqa.")
+@click.option("--limit", type=click.IntRange(1), help="The first items only; of phantoms, films and scenes each.")
+@click.option("--batch_size", "--batch-size", default=32, show_default=True, type=click.IntRange(1, 1024),
+              help="Images in one forward pass.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File for all texts, JSON lines.")
+@click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False),
+              help="Page to write the scores into, between its markers.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+def evaluate(output: Path | None, markdown: Path | None, as_json: bool, **asked: Any) -> None:
+    """Score models on held-out data, side by side, each score with its 95 % interval. See docs/evaluation.md."""
+    from readroom import scoring
+
+    with evaluation_progress() as report:
+        board = scoring.run_evaluation(load_settings(), scoring.Evaluation(**asked), report)
+    if output:
+        scoring.save_predictions(board, output)
+    if markdown:
+        scoring.write_markdown(board, markdown)
+    print_json(board.as_json()) if as_json else print_scores(board)
+    failed = board.list_failed()
+    for line in failed[:NAMED_ITEMS]:
+        click.echo(show_name(line), err=True)
+    sys.exit(ITEMS_FAILED if failed else 0)
+
+
+def print_scores(board: Scoreboard) -> None:
+    """The scores as a table; into a file or pipe it is as wide as it is."""
+    from readroom.scoring import list_notes, render_table
+
+    console = terminal()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(render_table(board))
+    click.echo("\n" + "\n".join(list_notes(board)))
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each model on standard error, on a terminal only."""
+    from rich.progress import Progress, TaskID
+
+    console, bars = terminal(stderr=True), dict[str, TaskID]()
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+
+        def report(label: str, done: int, total: int) -> None:
+            bars[label] = bars[label] if label in bars else progress.add_task(label)
+            progress.update(bars[label], completed=done, total=total)
+
+        yield report
 
 
 @main.group()
