@@ -29,13 +29,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM build AS build-gpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt setuptools \
-    && pip install --constraint constraints.txt --no-build-isolation --editable ".[models,decoders,postgres]"
+    && pip install --constraint constraints.txt --no-build-isolation --editable ".[models,decoders,regions,postgres]"
 
 FROM build AS build-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt setuptools \
     && pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu \
-        --no-build-isolation --editable ".[models,decoders,postgres]"
+        --no-build-isolation --editable ".[models,decoders,regions,postgres]"
 
 FROM base AS source
 COPY . .
