@@ -44,6 +44,7 @@ class ResultRecord:
     question: str
     text: str
     score: float | None
+    captioner: str
     checkpoint: str
     created_at: float
 
@@ -112,6 +113,7 @@ def _select_page(submission_id: str) -> Select[Any]:
         results.c.question,
         results.c.text,
         results.c.score,
+        jobs.c.captioner,
         results.c.checkpoint,
         results.c.created_at,
     )

@@ -44,7 +44,8 @@ def test_a_result_names_its_image_study_and_checkpoint(store: Store) -> None:
     assert (one.study_instance_uid, one.series_instance_uid) == (image.study_instance_uid, image.series_instance_uid)
     assert (one.sop_instance_uid, one.accession_number) == (image.sop_instance_uid, image.accession_number)
     assert (one.item, one.view, one.image_digest, one.frame) == (image.item, "PA", image.ref.digest, 0)
-    assert (one.question, one.checkpoint, one.source_id, one.score) == ("", "dummy:", None, None)
+    assert (one.question, one.captioner, one.checkpoint) == ("", "blip", "dummy:")
+    assert (one.source_id, one.score) == (None, None)
     assert abs(one.created_at - now()) < 60
 
 
