@@ -3,17 +3,16 @@
 from typing import Any
 
 from models.predict import answer, caption
-from readroom.settings import load_settings
+from readroom.captions import choose_now
 
 
 def generate_caption(image: Any, model: str | None = None) -> Any:
-    """What `image` shows. `model`: folder, hub id, `bundled` (no registry); else READROOM_BLIP_MODEL or BLIP base."""
-    chosen = load_settings()
-    name = model or chosen.blip_model or "Salesforce/blip-image-captioning-base"
-    return caption(image, name, chosen.device, chosen.precision, chosen.num_beams, chosen.max_new_tokens)
+    """What `image` shows. `model`: a folder, a hub id, `bundled`, `bundled:vlp`; the registry is not asked. `blip` (the
+    default) means READROOM_BLIP_MODEL or BLIP base; `vlp` READROOM_VLP_MODEL or, with a warning, the bundled one, for
+    there is no other VLP to be had."""
+    return caption(image, **choose_now("caption", model))
 
 
 def answer_question(image: Any, question: Any, model: str | None = None) -> Any:
-    """The answer to `question` about `image`; lists of either give a list."""
-    chosen = load_settings()
-    return answer(image, question, model or "Salesforce/blip-vqa-base", chosen.device, chosen.precision)
+    """The answer to `question` about `image`; lists of either give a list. `blip` means Salesforce/blip-vqa-base."""
+    return answer(image, question, **choose_now("answer", model))

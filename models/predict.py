@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from os import PathLike
+from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar, overload
 
@@ -132,12 +133,13 @@ def caption(
     precision: str = "float32",
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
+    region_dir: Path | None = None,
 ) -> Any:
     """The caption of an image, or the captions of a list of images, as plain strings.
 
-    `num_beams` and `max_new_tokens` None mean what the checkpoint was made for.
+    `num_beams` and `max_new_tokens` None mean what the checkpoint was made for. `region_dir` as for `load_captioner`.
     """
-    captioner = get_captioner(model, device, precision)
+    captioner = get_captioner(model, device, precision, region_dir)
     settings = adjust_settings(captioner.defaults, num_beams=num_beams, max_new_tokens=max_new_tokens)
     if isinstance(image, list | tuple):
         return [found.text for found in caption_images(image, captioner, settings)]
@@ -150,35 +152,40 @@ def answer(
     model: str,
     device: str = "auto",
     precision: str = "float32",
+    region_dir: Path | None = None,
 ) -> Any:
     """The answer to a question about an image; lists of images, of questions or of both give a list."""
-    answerer = get_answerer(model, device, precision)
+    answerer = get_answerer(model, device, precision, region_dir)
     images, questions = _pair_up(image, question)
     if isinstance(image, list | tuple) or not isinstance(question, str):
         return [found.text for found in answer_images(images, questions, answerer)]
     return run_answerer(answerer, [_see_image(image, answerer)], questions)[0].text
 
 
-def get_captioner(name: str, device: str = "auto", precision: str = "float32") -> Captioner:
+def get_captioner(
+    name: str, device: str = "auto", precision: str = "float32", region_dir: Path | None = None
+) -> Captioner:
     """A captioner by name, loaded once a process and kept (the two used last of each kind)."""
     with _loading:
-        return _load_captioner(name, device, precision)
+        return _load_captioner(name, device, precision, region_dir)
 
 
-def get_answerer(name: str, device: str = "auto", precision: str = "float32") -> Answerer:
+def get_answerer(
+    name: str, device: str = "auto", precision: str = "float32", region_dir: Path | None = None
+) -> Answerer:
     """An answerer by name; as `get_captioner`."""
     with _loading:
-        return _load_answerer(name, device, precision)
+        return _load_answerer(name, device, precision, region_dir)
 
 
 @lru_cache(maxsize=KEPT_MODELS)
-def _load_captioner(name: str, device: str, precision: str) -> Captioner:
-    return load_captioner(name, device, precision)
+def _load_captioner(name: str, device: str, precision: str, region_dir: Path | None) -> Captioner:
+    return load_captioner(name, device, precision, region_dir)
 
 
 @lru_cache(maxsize=KEPT_MODELS)
-def _load_answerer(name: str, device: str, precision: str) -> Answerer:
-    return load_answerer(name, device, precision)
+def _load_answerer(name: str, device: str, precision: str, region_dir: Path | None) -> Answerer:
+    return load_answerer(name, device, precision, region_dir)
 
 
 def _pair_up(image: Any, question: str | Sequence[str]) -> tuple[list[ImageLike], list[str]]:

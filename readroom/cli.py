@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from db.session import Store
+    from models.checkpoint import CheckpointSource
     from readroom.records import SubmissionCounts
     from readroom.scoring import Scoreboard
 
@@ -571,25 +572,70 @@ def drop_failures(
 # ---------------------------------------------------------------------------------------------- one image, now
 
 
+def model_options(option: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The options of a command that runs a model on images now; `option` is what its family is called there."""
+
+    def add(command: Callable[P, R]) -> Callable[P, R]:
+        options = [
+            click.option(option, "family", type=click.Choice(FAMILIES), default=FAMILIES[0], show_default=True,
+                         help="Family of the model."),
+            click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id "
+                         "[READROOM_BLIP_MODEL, READROOM_VLP_MODEL]; default the registry's active one."),
+            click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines."),
+        ]  # fmt: skip
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return add
+
+
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="Checkpoint: a registered name, `bundled`, a folder or a hub id [READROOM_BLIP_MODEL]; "
-              "default the registry's active one.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines.")
-def caption(images: tuple[Path, ...], model: str | None, as_json: bool) -> None:
+@model_options("--captioner")
+def caption(images: tuple[Path, ...], family: str, model: str | None, as_json: bool) -> None:
     """Caption images now, without any queue: files or folders of DICOM, JPEG, PNG and so on."""
-    from readroom.captions import caption_now, choose_captioner, warn_captioner
+    from readroom.captions import caption_now, choose_captioner
 
     settings = load_settings()
-    source = choose_captioner(settings, model)
+    source = choose_captioner(settings, family, model)
+    warn_toy(source)
+    print_texts(caption_now(settings, images, source), "caption", as_json)
+
+
+@main.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question")
+@model_options("--answerer")
+def ask(image: Path, question: str, family: str, model: str | None, as_json: bool) -> None:
+    """Ask about an image now, without any queue: a file, or every picture of a folder.
+
+    READROOM_BLIP_MODEL names a captioner: a BLIP that answers is another checkpoint, by default
+    Salesforce/blip-vqa-base. A VLP may do both.
+    """
+    from readroom.captions import answer_now, choose_answerer
+
+    settings = load_settings()
+    source = choose_answerer(settings, family, model)
+    warn_toy(source)
+    print_texts(answer_now(settings, [image], question, source), "answer", as_json)
+
+
+def warn_toy(source: CheckpointSource) -> None:
+    """Say on standard error what has to be known of a checkpoint before its texts are read."""
+    from readroom.captions import warn_captioner
+
     if note := warn_captioner(source):
         click.echo(note, err=True)
-    rows = caption_now(settings, images, source)
+
+
+def print_texts(rows: list[dict[str, Any]], kind: str, as_json: bool) -> NoReturn:
+    """Print the texts of images and end with the documented status."""
     if as_json:
         print_json(rows)
     else:
         for row in rows:
-            click.echo(f"{row['image']}: {row['caption'] or 'failed: ' + row['error']}")
+            click.echo(f"{row['image']}: {row[kind] if row['error'] is None else 'failed: ' + row['error']}")
     sys.exit(ITEMS_FAILED if any(row["error"] for row in rows) else 0)
 
 
@@ -614,6 +660,7 @@ def evaluate(output: Path | None, markdown: Path | None, as_json: bool, **asked:
     """Score models on held-out data, side by side, each score with its 95 % interval. See docs/evaluation.md."""
     from readroom import scoring
 
+    scoring.check_places(output, markdown)
     with evaluation_progress() as report:
         board = scoring.run_evaluation(load_settings(), scoring.Evaluation(**asked), report)
     if output:
@@ -698,7 +745,7 @@ def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
 def add_checkpoint(
     settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
 ) -> None:
-    """Register a checkpoint: `bundled`, a folder (copied under the home and verified), or a hub id.
+    """Register a checkpoint: `bundled`, `bundled:vlp`, a folder (copied under the home and verified), or a hub id.
 
     Nothing is ever unpickled, except what you convert explicitly, and then its tensors only. An original BLIP .pth
     needs the vocab.txt of bert-base-uncased beside it.

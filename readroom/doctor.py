@@ -8,11 +8,16 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from readroom.errors import BrokerError, ReadroomError
 from readroom.log import describe_error
+from readroom.records import FAMILIES
 from readroom.settings import Settings, find_dotenv, list_unknown
+
+if TYPE_CHECKING:
+    from db.session import Store
 
 FREE_DISK_WARNING = 2 * 1024**3  # bytes: SQLite, AOF and spool need room to breathe
 LOOPBACK = {"127.0.0.1", "localhost", "::1", None, ""}
@@ -163,20 +168,44 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """The captioner that `enqueue` would choose exists and its files are what its manifest says."""
-    from models.checkpoint import verify_folder
-    from readroom.intake import existing_store, look_up_checkpoint
+    """The captioner that `enqueue` would choose of each family; one family's trouble does not hide another's."""
+    from readroom.intake import existing_store
 
     with existing_store(settings) as store:
-        source = look_up_checkpoint(settings, store, "blip", None)
+        for family in FAMILIES:
+            try:
+                yield from check_captioner(settings, store, family)
+            except ReadroomError as error:
+                yield Finding("model", "error", f"{family.upper()}: {error}")
+
+
+def check_captioner(settings: Settings, store: Store | None, family: str) -> Iterator[Finding]:
+    """A family's captioner exists and its files are what its manifest says. Raises ReadroomError when not."""
+    from models.checkpoint import verify_folder
+    from readroom.intake import is_chosen, look_up_checkpoint, name_variable
+
+    if not is_chosen(settings, store, family):
+        yield Finding("model", "note", f"{family.upper()}: none is chosen",
+                      f"`--captioner {family}` needs {name_variable(family)} or an active checkpoint.")  # fmt: skip
+        return
+    source = look_up_checkpoint(settings, store, family, None)
     if source.manifest is not None:
         verify_folder(source.location)
     licence = source.manifest.licence if source.manifest else ""
     use = source.manifest.allowed_use if source.manifest else ""
     told = f"{f', {licence}' if licence else ''}{f', for {use}' if use else ''}"
-    yield Finding("model", "ok", f"BLIP: {source.name}{told}")
+    yield Finding("model", "ok", f"{family.upper()}: {source.name}{told}")
     if source.ref.startswith("hub:"):
         yield Finding("model", "note", "hub weights are fetched at the first use, unless they are cached already")
+    if source.manifest and source.manifest.regions.get("provider") == "precomputed" and settings.region_dir is None:
+        yield Finding("model", "error", f"{family.upper()}: {source.name} reads region features that were computed "
+                      "beforehand", "Set READROOM_REGION_DIR to their folder.")  # fmt: skip
+
+
+def check_regions(settings: Settings) -> Iterator[Finding]:
+    """The folder of region features is there."""
+    if settings.region_dir is not None and not settings.region_dir.is_dir():
+        yield Finding("regions", "error", "READROOM_REGION_DIR is no folder", "Name the one that holds the features.")
 
 
 def check_packages(settings: Settings) -> Iterator[Finding]:
@@ -221,6 +250,6 @@ def check_safety(settings: Settings) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    check_settings, check_home, check_broker, check_store, check_workers, check_model, check_packages, check_device,
-    check_safety,
+    check_settings, check_home, check_broker, check_store, check_workers, check_model, check_regions, check_packages,
+    check_device, check_safety,
 )  # fmt: skip

@@ -6,18 +6,18 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from celery import Celery
 from celery.app import trace
 from celery.worker import WorkController, state
 
-from db.checkpoints import get_checkpoint
+from db.checkpoints import CheckpointRecord, get_checkpoint
 from db.jobs import has_work
 from db.session import Store, open_store, store_url
 from models.base import Captioner
-from models.checkpoint import CheckpointSource, resolve_checkpoint
+from models.checkpoint import BUNDLED, CheckpointSource, resolve_checkpoint
 from models.decode_guard import DecodeGuard
 from models.limits import PixelLimits
 from models.load import load_captioner
@@ -25,7 +25,7 @@ from readroom.broker import broker_url
 from readroom.errors import BadCall, BrokerError, CheckpointError, CheckpointMissing, StoreError
 from readroom.log import describe_error, set_up_logging
 from readroom.messages import queue_names
-from readroom.records import JobKind
+from readroom.records import FAMILIES, JobKind
 from readroom.settings import MEBIBYTE, Settings
 from readroom.transport import APP_NAME, KINDS, PRIORITIES, check_broker, make_celery, queue_depths
 from worker.batcher import Batcher, BatchLimits
@@ -220,7 +220,8 @@ def make_loader(settings: Settings, store: Store) -> LoadCaptioner:
     """How a checkpoint's ref becomes a model here: by the registry, else by the names this machine knows."""
 
     def load(ref: str) -> Captioner:
-        return load_captioner(locate_checkpoint(settings, store, ref), settings.device, settings.precision)
+        source = locate_checkpoint(settings, store, ref)
+        return load_captioner(source, settings.device, settings.precision, settings.region_dir)
 
     return load
 
@@ -230,16 +231,25 @@ def locate_checkpoint(settings: Settings, store: Store, ref: str) -> CheckpointS
 
     Raises CheckpointMissing with what to do.
     """
-    record = get_checkpoint(store, ref)
-    names = [ref.removeprefix("hub:"), record.location if record else "", settings.blip_model or "", "bundled"]
-    for name in filter(None, names):
+    for name, family in list_names(settings, get_checkpoint(store, ref), ref):
         try:
-            source = resolve_checkpoint(name)
+            source = resolve_checkpoint(name, family)
         except CheckpointError:
             continue
         if source.ref == ref:
             return source
     raise CheckpointMissing(f"this machine does not have checkpoint {ref}", "Run: readroom checkpoints add")
+
+
+def list_names(settings: Settings, record: CheckpointRecord | None, ref: str) -> Iterator[tuple[str, str]]:
+    """Names under which this machine may have a checkpoint, each with the family it would be of."""
+    yield ref.removeprefix("hub:"), record.family if record else FAMILIES[0]
+    if record is not None:
+        yield record.location, record.family
+    for family in FAMILIES:
+        if name := settings.name_model(family):
+            yield name, family
+        yield BUNDLED, family
 
 
 def try_rescue(rescuer: Rescuer) -> None:

@@ -148,6 +148,63 @@ def test_worker_that_cannot_use_its_broker_says_so_and_ends(run: Run, home: Path
     assert "does not answer" in silent.stderr
 
 
+BOTH = ("--captioner", "vlp", "--captioner", "blip")
+OWN = {"READROOM_BLIP_MODEL": "dummy:item_ms=1", "READROOM_VLP_MODEL": "dummy:item_ms=2"}
+
+
+def test_two_captioners_read_every_image_in_one_submission(run: Run, pictures: Path, tmp_path: Path) -> None:
+    dry = json.loads(run("enqueue", "images", str(pictures), *BOTH, "--dry-run", "--json", **OWN).stdout)
+    counts = json.loads(run("enqueue", "images", str(pictures), *BOTH, "--json", **OWN).stdout)
+    assert (counts["images"], counts["queued"], counts["already_done"]) == (5, 10, 0)
+    assert (dry["images"], dry["queued"]) == (5, 10)
+    (listed,) = json.loads(run("submissions", "--json").stdout)
+    assert [one["captioner"] for one in listed["plan"]["captioners"]] == ["blip", "vlp"]
+
+    run("worker", "--drain")
+    records = [json.loads(line) for line in run("results", counts["submission"]).stdout.splitlines()]
+    checkpoints = {"blip": "dummy:base_ms=0,item_ms=1", "vlp": "dummy:base_ms=0,item_ms=2"}
+    assert sorted((record["item"], record["captioner"], record["checkpoint"]) for record in records) == [
+        (f"p{number}.png", family, checkpoints[family]) for number in range(5) for family in ("blip", "vlp")
+    ]
+    run("results", counts["submission"], "--format", "csv", "-o", str(tmp_path / "out.csv"))
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert {row["captioner"] for row in csv.DictReader(file)} == {"blip", "vlp"}
+    again = json.loads(run("enqueue", "images", str(pictures), *BOTH, "--json", **OWN).stdout)
+    assert (again["queued"], again["already_done"]) == (0, 10)
+
+
+def test_a_family_that_has_no_checkpoint_is_no_reason_to_take_another(run: Run, pictures: Path) -> None:
+    for command in (("enqueue", "images"), ("caption",)):
+        done = run(*command, str(pictures), "--captioner", "vlp", status=1)
+        assert "no VLP checkpoint was chosen" in done.stderr
+        assert "READROOM_VLP_MODEL" in done.stderr
+    assert json.loads(run("submissions", "--json").stdout) == []
+
+
+def test_one_model_for_two_captioners_is_a_bad_call(run: Run, pictures: Path) -> None:
+    done = run("enqueue", "images", str(pictures), *BOTH, "--model", "someone/blip", status=2)
+    assert "READROOM_BLIP_MODEL and READROOM_VLP_MODEL" in done.stderr
+
+
+def test_an_image_is_asked_now_as_it_is_captioned_now(run: Run, pictures: Path) -> None:
+    (row,) = json.loads(run("ask", str(pictures / "p1.png"), "what is this?", "--model", "dummy", "--json").stdout)
+    assert list(row) == ["image", "question", "answer", "score", "checkpoint", "error"]
+    assert (row["question"], row["error"]) == ("what is this?", None)
+    assert row["checkpoint"] == "dummy:base_ms=0,item_ms=0"
+    other = run("ask", str(pictures / "p1.png"), "where?", "--answerer", "vlp", READROOM_VLP_MODEL="dummy").stdout
+    assert other.startswith(f"{pictures / 'p1.png'}: ")
+    assert row["answer"] not in other
+    (pictures / "empty.png").touch()
+    rows = json.loads(run("ask", str(pictures), "what?", "--model", "dummy", "--json", status=1).stdout)
+    assert [Path(row["image"]).name for row in rows if row["error"]] == ["empty.png"]
+    assert len(rows) == 6
+
+
+def test_a_checkpoint_that_only_captions_is_not_asked(run: Run, pictures: Path) -> None:
+    done = run("ask", str(pictures / "p1.png"), "what?", "--model", "bundled", status=1)
+    assert "checkpoint bundled answers no questions" in done.stderr
+
+
 def test_doctor_names_a_variable_that_means_nothing(run: Run) -> None:
     findings = json.loads(run("doctor", "--json", READROOM_DATABASE_ULR="x").stdout)
     assert any("READROOM_DATABASE_ULR" in finding["text"] for finding in findings)
@@ -253,6 +310,28 @@ def test_checkpoints_are_registered_listed_and_served(run: Run, pictures: Path, 
     run("worker", "--drain", READROOM_BLIP_MODEL="")
     records = [json.loads(line) for line in run("results", counts["submission"]).stdout.splitlines()]
     assert {record["checkpoint"] for record in records} == {listed[0]["ref"]}
+
+
+def test_each_family_has_its_own_bundled_and_its_own_active_checkpoint(run: Run, pictures: Path) -> None:
+    for name in ("bundled", "bundled:vlp"):
+        run("checkpoints", "add", name, "--activate")
+    listed = [line.split() for line in run("checkpoints", "list").stdout.splitlines()]
+    assert sorted((state, family, name) for state, family, _ref, name in listed) == [
+        ("active", "blip", "bundled"), ("active", "vlp", "bundled:vlp"),
+    ]  # fmt: skip
+    refs = {row["family"]: row["ref"] for row in json.loads(run("checkpoints", "list", "--json").stdout)}
+    now = {
+        family: json.loads(run("caption", "--json", "--captioner", family, str(pictures / "p1.png"),
+                               READROOM_BLIP_MODEL="").stdout)[0]
+        for family in ("blip", "vlp")
+    }  # fmt: skip
+    assert {family: row["checkpoint"] for family, row in now.items()} == refs
+    assert all(row["caption"] and row["error"] is None for row in now.values())
+    asked = run("ask", "--answerer", "vlp", "--json", str(pictures / "p1.png"), "what is in the picture?")
+    assert "bundled is a small model" in asked.stderr
+    (row,) = json.loads(asked.stdout)
+    assert (row["checkpoint"], row["error"]) == (refs["vlp"], None)
+    assert row["answer"]
 
 
 def test_a_known_checkpoint_takes_the_name_it_is_given_again(run: Run) -> None:

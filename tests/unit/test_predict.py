@@ -133,12 +133,51 @@ def test_a_model_argument_wins_over_the_setting(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_setting_the_published_captioner_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("READROOM_BLIP_MODEL")
+    asked = note_models(monkeypatch)
+    for model in (None, "blip"):
+        inference.generate_caption(PIXELS, model=model)
+        inference.answer_question(PIXELS, "what?", model=model)
+    assert asked == ["Salesforce/blip-image-captioning-base", "Salesforce/blip-vqa-base"] * 2
+
+
+def note_models(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of each model that is asked for; none is loaded."""
     asked: list[str] = []
-    monkeypatch.setattr(inference, "caption", lambda image, name, *rest: asked.append(name))
-    monkeypatch.setattr(inference, "answer", lambda image, question, name, *rest: asked.append(name))
+    monkeypatch.setattr(inference, "caption", lambda image, model, **rest: asked.append(model))
+    monkeypatch.setattr(inference, "answer", lambda image, question, model, **rest: asked.append(model))
+    return asked
+
+
+@pytest.mark.parametrize("setting", ["dummy", "bundled", "/a/folder"])
+def test_a_familys_name_means_its_setting(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv("READROOM_VLP_MODEL", setting)
+    asked = note_models(monkeypatch)
     inference.generate_caption(PIXELS)
-    inference.answer_question(PIXELS, "what?")
-    assert asked == ["Salesforce/blip-image-captioning-base", "Salesforce/blip-vqa-base"]
+    inference.generate_caption(PIXELS, model="vlp")
+    inference.answer_question(PIXELS, "what?", model="vlp")
+    vlp = "bundled:vlp" if setting == "bundled" else setting
+    assert asked == ["dummy", vlp, vlp]
+
+
+def test_without_a_setting_vlp_is_the_bundled_one_and_the_caller_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = note_models(monkeypatch)
+    for ask in (inference.generate_caption, lambda image, model: inference.answer_question(image, "what?", model)):
+        with pytest.warns(UserWarning, match="small model for trying things out") as caught:
+            ask(PIXELS, model="vlp")
+        assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+    assert asked == ["bundled:vlp"] * 2
+
+
+def test_what_the_settings_say_reaches_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"REGION_DIR": str(tmp_path), "DEVICE": "cpu", "NUM_BEAMS": "3"}.items():
+        monkeypatch.setenv(f"READROOM_{name}", value)
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(inference, "caption", lambda image, **rest: asked.append(rest))
+    monkeypatch.setattr(inference, "answer", lambda image, question, **rest: asked.append(rest))
+    inference.generate_caption(PIXELS, "dummy")
+    inference.answer_question(PIXELS, "what?", "dummy")
+    shared = {"model": "dummy", "device": "cpu", "precision": "float32", "region_dir": tmp_path}
+    assert asked == [shared | {"num_beams": 3, "max_new_tokens": None}, shared]
 
 
 def test_the_longest_caption_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +198,7 @@ def test_questions_and_images_pair_up() -> None:
 def test_a_model_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
 
-    def load(name: str, device: str, precision: str) -> DummyModel:
+    def load(name: str, device: str, precision: str, region_dir: Path | None) -> DummyModel:
         loads.append(name)
         return DummyModel(name)
 
