@@ -19,7 +19,7 @@ EXTRAS := models,decoders,embedded,postgres,flower,parquet,regions,demo,dev
 # setuptools comes from constraints.txt too: a build environment of its own would take the newest one.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help setup services demo test quick check bench docs clean
+.PHONY: help setup services demo test quick check bench scores docs clean
 
 help: ## List these commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ check: $(STAMP) ## Check style, types and who imports whom.
 bench: $(STAMP) ## Measure the queue against plain Celery and celery-batches.
 	@$(PIP_INSTALL) --no-deps celery-batches==0.11
 	@$(BIN)/python -m benchmarks.queue
+
+scores: $(STAMP) ## Score the bundled models on held-out phantoms and write the scores into docs/evaluation.md.
+	@$(BIN)/python evaluate.py --model blip --model vlp --markdown docs/evaluation.md
 
 docs: $(STAMP) ## Write the generated pages and check that the pages tell the truth.
 	@$(BIN)/python -m readroom.configuration > docs/configuration.md

@@ -214,18 +214,23 @@ def score_floor(evaluation: Evaluation, columns: Sequence[Column]) -> dict[str, 
 
 def describe_protocol(evaluation: Evaluation, columns: Sequence[Column]) -> dict[str, Any]:
     """All that has to be known to measure the same again, but for the checkpoints."""
+    from training import radiographs, scenes
     from training.data import TEST_SEED
     from training.evaluation import HELD_OUT
     from training.floors import QUESTIONS
     from training.intervals import RESAMPLES, SEED
+    from training.metrics import WORDS_VERSION
+    from training.questions import QUESTIONS_VERSION
 
     interval = {"interval": "95 %, percentile bootstrap over pictures", "resamples": RESAMPLES, "resampling_seed": SEED}
     if evaluation.dataset == "phantoms":
         count = evaluation.limit or HELD_OUT
         drawn = {"films": count, "scenes": count, "first_seed": TEST_SEED, "questions_a_picture": QUESTIONS}
-        return {"dataset": "phantoms", **drawn, **interval}
+        versions = [radiographs.GENERATOR_VERSION, scenes.GENERATOR_VERSION, QUESTIONS_VERSION]
+        return {"dataset": "phantoms", **drawn, "generators": versions, **interval}
     items = max(len(column.predictions) for column in columns)
-    return {"dataset": evaluation.dataset, "split": evaluation.split_name, "items": items, **interval}
+    words = {"words": WORDS_VERSION} if evaluation.dataset == "coco" else {}
+    return {"dataset": evaluation.dataset, "split": evaluation.split_name, "items": items, **words, **interval}
 
 
 # Data sets -----------------------------------------------------------------------------------------------------------
@@ -376,17 +381,30 @@ def _join_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_markdown(board: Scoreboard, page: Path) -> None:
-    """Put the scores between a page's markers. Raises BadCall when the page or its markers are not there."""
+def check_places(output: Path | None, page: Path | None) -> None:
+    """Raise BadCall before minutes are spent on scores that could not be written."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise BadCall("the folder of --output does not exist", "Make it first.")
+    if page is not None:
+        split_page(page)
+
+
+def split_page(page: Path) -> tuple[str, str]:
+    """What stands before the scores of a page and behind. Raises BadCall when the page or its markers are not there."""
     if not page.is_file():
         raise BadCall("that page does not exist", f"Make one that holds `{BEGIN}` and `{END}`, a line each.")
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise BadCall("that page has no place for scores", f"Put `{BEGIN}` and `{END}` where they belong, a line each.")
+    return before, after
+
+
+def write_markdown(board: Scoreboard, page: Path) -> None:
+    """Put the scores between a page's markers. Raises BadCall as `split_page`."""
+    before, after = split_page(page)
     scores = render_markdown(board, describe_command(board.evaluation, page))
-    page.write_text(f"{before}{begin}\n\n{scores}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{scores}\n{END}{after}", encoding="utf-8")
 
 
 def describe_command(evaluation: Evaluation, page: Path) -> str:

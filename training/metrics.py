@@ -20,6 +20,7 @@ from training.questions import soft_scores
 Words = Sequence[str]
 Grams = Counter[tuple[str, ...]]
 
+WORDS_VERSION = "words-1"  # of `split_words`: scores are comparable where it is the same
 LONGEST_GRAM = 4
 # COCO's BLEU adds these above and below each precision, so that texts without any common 4-gram score a little.
 ABOVE, BELOW = 1e-15, 1e-9

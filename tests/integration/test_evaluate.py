@@ -104,6 +104,8 @@ def test_damaged_image_is_named_and_the_status_is_one(run: Run, tmp_path: Path) 
         (["--dataset", "nothing"], 2, "is not one of"),
         (["--model", "vlp", "--dataset", "coco", "--data_dir", "."], 1, "READROOM_VLP_MODEL"),
         (["--checkpoint", "bundled:vlp"], 2, "of the family vlp, and blip was asked for"),
+        (["--markdown", "gone.md"], 2, "that page does not exist"),
+        (["--output", "gone/said.jsonl"], 2, "the folder of --output does not exist"),
     ],
 )
 def test_call_that_cannot_be_followed_says_why(run: Run, options: list[str], status: int, said: str) -> None:
