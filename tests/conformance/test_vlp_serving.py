@@ -169,6 +169,21 @@ def test_an_answer_does_not_depend_on_its_batch(answerer: VlpAnswerer) -> None:
     assert len({found.text for found in together}) >= 3
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_the_bundled_model_says_does_not_depend_on_its_batch(beams: int) -> None:
+    captioner, answerer = (load("bundled:vlp", device="cpu") for load in (load_captioner, load_answerer))
+    images, settings = mixed_images(7), GenerationSettings(beams, 60, 1)
+    together = captioner.generate(captioner.prepare(images), settings)
+    alone = [captioner.generate(captioner.prepare([image]), settings) for image in images]
+    assert list(together.tokens) == [raw.tokens[0] for raw in alone]
+    assert together.scores == pytest.approx([raw.scores[0] for raw in alone], abs=1e-4)
+    questions = ["Is there an effusion?", "What is this?", "no", "How many circles are there?", "Where?", "a", "Why?"]
+    found = run_answerer(answerer, images, questions)
+    single = [run_answerer(answerer, [image], [asked])[0] for image, asked in zip(images, questions, strict=True)]
+    assert [text.text for text in found] == [text.text for text in single]
+    assert [text.score for text in found] == pytest.approx([text.score for text in single], abs=1e-4)
+
+
 def test_two_checkpoints_in_one_process_do_not_meet(folders: dict[str, Path], tmp_path: Path) -> None:
     first = as_captioner(folders["grid"])
     before = run_captioner(first, mixed_images(), BEAMS)

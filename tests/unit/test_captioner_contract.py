@@ -42,12 +42,12 @@ def region_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_regions(tmp_path_factory.mktemp("regions"))
 
 
-@pytest.fixture(scope="module", params=["dummy", "small", "bundled", *VLPS])
+@pytest.fixture(scope="module", params=["dummy", "small", "bundled", "bundled:vlp", *VLPS])
 def captioner(request: pytest.FixtureRequest, place: Callable[[str], str], region_dir: Path) -> Captioner:
     return load_captioner(place(request.param), device="cpu", region_dir=region_dir)
 
 
-@pytest.fixture(scope="module", params=["dummy", "small-answerer", *VLPS])
+@pytest.fixture(scope="module", params=["dummy", "small-answerer", "bundled:vlp", *VLPS])
 def answerer(request: pytest.FixtureRequest, place: Callable[[str], str], region_dir: Path) -> Answerer:
     return load_answerer(place(request.param), device="cpu", region_dir=region_dir)
 
