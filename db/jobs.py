@@ -25,6 +25,7 @@ from readroom.records import (
     JobState,
     Outcome,
     Priority,
+    QueuedJob,
     Reason,
 )
 
@@ -108,16 +109,17 @@ def change_jobs(connection: Connection, conditions: Collection[ColumnElement[boo
     return sorted(connection.scalars(update(jobs).where(*where).values(**changes).returning(jobs.c.id)))
 
 
-def find_attempts(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
-    """How many attempts of each of these jobs are unanswered (see ClaimedJob); those that are not queued are left out.
+def find_queued(store: Store, job_ids: Sequence[int]) -> dict[int, QueuedJob]:
+    """What each of these jobs needs, and how many of its attempts are unanswered; those not queued are left out.
 
     A job that is tried again keeps the reason of its last outcome until it succeeds or an attempt ends without one.
     """
-    columns = (jobs.c.id, jobs.c.attempt, jobs.c.reason)
+    needs = (jobs.c.kind, jobs.c.captioner, jobs.c.checkpoint, jobs.c.settings_digest)
+    columns = (jobs.c.id, jobs.c.attempt, jobs.c.reason, *needs)
     with store.read() as connection:
         parts = (select(*columns).where(among(jobs.c.id, part)) for part in slice_ids(job_ids))
         rows = [row for part in parts for row in connection.execute(part.where(still_is(JobState.QUEUED)))]
-    return {row.id: 0 if row.reason else row.attempt for row in rows}
+    return {row.id: QueuedJob(0 if row.reason else row.attempt, tuple(row[-len(needs) :])) for row in rows}
 
 
 def claim_jobs(store: Store, job_ids: Sequence[int], owner: str, lease_s: float) -> list[ClaimedJob]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class JobKind(StrEnum):
@@ -158,6 +158,17 @@ class ClaimedJob:
     priority: Priority
     attempt: int
     unanswered: int = 0
+
+
+class QueuedJob(NamedTuple):
+    """What a worker wants to know of a job before it claims it.
+
+    `unanswered` as in ClaimedJob, had it been claimed just now. `needs` is what jobs of one batch have in common: kind,
+    captioner, checkpoint, digest of the generation settings.
+    """
+
+    unanswered: int
+    needs: tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
     submit -> [buffer] -> gather: claim, decode -> [1 ready] -> forward -> [outcomes] -> write -> the ticket is done
 
+A batch holds jobs that need the same: kind, captioner, checkpoint, settings. It is chosen for that from all that is
+buffered, so that batches are full when messages of several models come mixed. The job whose turn it is says which.
+
 Plain threads, no Celery. A task waits on its ticket; the ticket ends when every job of the message has an outcome in
 the store, or was given back. No ticket is ever left waiting: a stage that fails breaks all of them.
 
@@ -24,7 +27,7 @@ from typing import Protocol, TypeVar
 
 from readroom.errors import StoreError, StoreUnavailable
 from readroom.log import describe_error
-from readroom.records import ClaimedJob, Outcome, Priority, Reason
+from readroom.records import ClaimedJob, Outcome, Priority, QueuedJob, Reason
 from worker.handle import ReadyBatch
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class Ending(StrEnum):
 class Handler(Protocol):
     """The steps of a job; `worker.handle.JobHandler` is the real one. StoreUnavailable of any step is waited out."""
 
-    def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]: ...  # noqa: D102
+    def find_queued(self, job_ids: Sequence[int]) -> dict[int, QueuedJob]: ...  # noqa: D102
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]: ...  # noqa: D102
     def prepare_batches(self, jobs: Sequence[ClaimedJob]) -> list[ReadyBatch]: ...  # noqa: D102
     def warm_up(self, batch: ReadyBatch) -> None: ...  # noqa: D102
@@ -92,13 +95,14 @@ class Ticket:
 
 @dataclass(slots=True)
 class Entry:
-    """One job of one message. `unanswered`: how many attempts it had without an outcome, as far as is known."""
+    """One job of one message. `unanswered` and `needs` as in QueuedJob, as far as is known."""
 
     job_id: int
     urgency: int
     arrived: float
     ticket: Ticket
     unanswered: int = 0
+    needs: tuple[str, ...] = ()
     is_settled: bool = False
 
 
@@ -132,6 +136,7 @@ class Batcher:
         self._limits = limits
         self._on_fatal = on_fatal or (lambda stage, error: None)
         self._changed = threading.Condition()
+        self._arrived: list[Entry] = []  # nobody has looked them up yet
         self._buffer: list[Entry] = []
         self._moving: list[Entry] = []  # out of the buffer, not claimed yet
         self._claimed: dict[int, list[Entry]] = {}  # jobs this process holds a lease on
@@ -174,7 +179,7 @@ class Batcher:
             if self._stopping:
                 self._settle(entries, Ending.RELEASED)
             else:
-                self._buffer.extend(entries)
+                self._arrived.extend(entries)
             self._changed.notify_all()
         return ticket
 
@@ -182,7 +187,8 @@ class Batcher:
         """Finish the batch in hand and give back everything else at once; later messages are given back too."""
         with self._changed:
             self._stopping = True
-            waiting, self._buffer = self._buffer, []
+            waiting = self._arrived + self._buffer
+            self._arrived, self._buffer = [], []
             self._settle(waiting, Ending.RELEASED)
             unstarted = [job_id for job_id in self._claimed if job_id not in self._started]
             self._changed.notify_all()
@@ -249,68 +255,92 @@ class Batcher:
     def _gather(self) -> None:
         while self._take_batch():
             is_suspect = self._moving[0].unanswered > 0
-            if not is_suspect:
-                self._part_suspects()
             for batch in self._claim_moving():
                 self._hand_over(batch)
             if is_suspect:
                 self._wait_alone()
 
     def _take_batch(self) -> bool:
-        """Move the next jobs out of the buffer: either suspects or none; False when all is over."""
-        with self._changed:
-            while True:
-                self._wait_due()
+        """Move the next jobs out of the buffer: suspects, or others that need the same; False when all is over."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or ((self._arrived or self._buffer) and self._has_room()))
                 if self._closed:
                     return False
-                chosen = self._choose_entries()
-                if not chosen[0].unanswered or not self._claimed:
-                    break
-                # A suspect is next: let the pipeline run empty, then look again, for something urgent may have come.
-                self._changed.wait()
+            self._look_up_arrived()
+            if self._move_due():
+                return True
+
+    def _has_room(self) -> bool:
+        return self._ahead < MAX_AHEAD
+
+    def _look_up_arrived(self) -> None:
+        """Learn what new jobs need and which are suspects.
+
+        A job that is not queued is running elsewhere or has its outcome: the message came late or twice.
+        """
+        with self._changed:
+            entries = self._moving = self._arrived
+            self._arrived = []
+        found = self._insist(lambda: self._handler.find_queued([one.job_id for one in entries])) if entries else {}
+        with self._changed:
+            self._moving = []
+            if found is None:
+                self._settle(entries, Ending.RELEASED)
+                return
+            self._settle([entry for entry in entries if entry.job_id not in found], Ending.DONE)
+            known = [entry for entry in entries if entry.job_id in found]
+            for entry in known:
+                entry.unanswered, entry.needs = found[entry.job_id]
+            self._put_back(known)
+
+    def _move_due(self) -> bool:
+        """Move a batch that is full, has waited long enough, or can grow no more; else wait for a change."""
+        with self._changed:
+            if self._closed or self._arrived:
+                return False
+            chosen = self._choose_entries()
+            if not chosen:
+                self._changed.wait(self._measure_wait())
+                return False
             gone = set(map(id, chosen))
             self._buffer = [entry for entry in self._buffer if id(entry) not in gone]
             self._moving = chosen
             return True
 
-    def _wait_due(self) -> None:
-        """Wait until there is room ahead and a batch is full, has waited long enough, or can grow no more."""
-        while not self._closed:
-            now = time.monotonic()
-            if not self._buffer or self._ahead >= MAX_AHEAD:
-                self._changed.wait()
-                continue
-            due = min(entry.arrived for entry in self._buffer) + self._limits.batch_wait_s
-            is_full = len(self._buffer) >= self._limits.max_batch or self._open_tickets >= self._limits.capacity
-            if is_full or now >= due:
-                return
-            self._changed.wait(due - now)
-
     def _choose_entries(self) -> list[Entry]:
+        if not self._buffer:
+            return []
         aged = time.monotonic() - AGE_FLOOR_S
         ordered = sorted(self._buffer, key=lambda entry: (entry.urgency if entry.arrived > aged else 0, entry.arrived))
-        first = ordered[0]
-        if not first.unanswered:
-            return [entry for entry in ordered if not entry.unanswered][: self._limits.max_batch]
+        first = ordered[0] if self._is_due() else self._find_full(ordered)
+        if first is None:
+            return []
+        if first.unanswered:
+            # The pipeline runs empty first; then one looks again, for something urgent may have come.
+            return self._choose_suspects(first, ordered) if not self._claimed else []
+        return [one for one in ordered if one.needs == first.needs and not one.unanswered][: self._limits.max_batch]
+
+    def _find_full(self, ordered: list[Entry]) -> Entry | None:
+        """The first job of those that a whole batch is there of."""
+        counts = Counter(entry.needs for entry in ordered if not entry.unanswered)
+        whole = (one for one in ordered if not one.unanswered and counts[one.needs] >= self._limits.max_batch)
+        return next(whole, None)
+
+    def _choose_suspects(self, first: Entry, ordered: list[Entry]) -> list[Entry]:
         if first.unanswered == 1:
             return [entry for entry in ordered if entry.unanswered == 1][:SUSPECT_GROUP]
         return [entry for entry in ordered if entry.job_id == first.job_id]
 
-    def _part_suspects(self) -> None:
-        """Keep the jobs that are no suspects; suspects go back to the buffer, marked; the rest is done with.
+    def _is_due(self) -> bool:
+        return self._open_tickets >= self._limits.capacity or self._due_at() <= time.monotonic()
 
-        A job that is not queued is running elsewhere or has its outcome: the message came late or twice.
-        """
-        entries = self._moving
-        attempts = self._insist(lambda: self._handler.find_attempts([entry.job_id for entry in entries]))
-        with self._changed:
-            self._moving = []
-            if attempts is None:
-                self._settle(entries, Ending.RELEASED)
-                return
-            self._moving = [entry for entry in entries if attempts.get(entry.job_id) == 0]
-            self._settle([entry for entry in entries if entry.job_id not in attempts], Ending.DONE)
-            self._put_back([entry for entry in entries if attempts.get(entry.job_id)], attempts)
+    def _due_at(self) -> float:
+        return min(entry.arrived for entry in self._buffer) + self._limits.batch_wait_s
+
+    def _measure_wait(self) -> float | None:
+        """Seconds until the buffer is due; None when that alone changes nothing."""
+        return None if not self._buffer or self._is_due() else max(0.0, self._due_at() - time.monotonic())
 
     def _claim_moving(self) -> list[ReadyBatch]:
         known = {entry.job_id: entry.unanswered for entry in self._moving}
@@ -341,11 +371,12 @@ class Batcher:
         attempts = {job.id: job.unanswered for job in jobs}
         self._insist(lambda: self._handler.release_jobs(list(attempts)))
         with self._changed:
-            self._put_back([entry for job_id in attempts for entry in self._claimed.pop(job_id, [])], attempts)
+            entries = [entry for job_id in attempts for entry in self._claimed.pop(job_id, [])]
+            for entry in entries:
+                entry.unanswered = attempts[entry.job_id]
+            self._put_back(entries)
 
-    def _put_back(self, entries: list[Entry], attempts: dict[int, int]) -> None:
-        for entry in entries:
-            entry.unanswered = attempts[entry.job_id]
+    def _put_back(self, entries: list[Entry]) -> None:
         if self._stopping:
             self._settle(entries, Ending.RELEASED)
         else:
@@ -460,8 +491,8 @@ class Batcher:
         with self._changed:
             self._stopping = True
             held = [entry for entries in self._claimed.values() for entry in entries]
-            self._settle(self._buffer + self._moving + held, ending)
-            self._buffer = []
+            self._settle(self._arrived + self._buffer + self._moving + held, ending)
+            self._arrived, self._buffer = [], []
 
     # Running and retrying
 

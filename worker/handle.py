@@ -27,7 +27,16 @@ from models.decode_guard import RenderRequest
 from models.display import PROFILES
 from readroom.errors import CheckpointBroken, CheckpointError, DeviceBroken, ImageError, OutOfMemory, StoreError
 from readroom.log import describe_error
-from readroom.records import ClaimedJob, GeneratedText, GenerationSettings, ImageRef, JobKind, Outcome, Reason
+from readroom.records import (
+    ClaimedJob,
+    GeneratedText,
+    GenerationSettings,
+    ImageRef,
+    JobKind,
+    Outcome,
+    QueuedJob,
+    Reason,
+)
 from worker.engine import Engine, ModelFailure
 
 logger = logging.getLogger(__name__)
@@ -88,9 +97,9 @@ class JobHandler:
     max_attempts: int
     retry_delay_s: float = 0.0
 
-    def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]:
-        """How many attempts of each of these jobs are unanswered; jobs that are not queued are left out."""
-        return job_rows.find_attempts(self.store, job_ids)
+    def find_queued(self, job_ids: Sequence[int]) -> dict[int, QueuedJob]:
+        """What each of these jobs needs and how often it was lost; jobs that are not queued are left out."""
+        return job_rows.find_queued(self.store, job_ids)
 
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]:
         """Take a lease on those that are still queued. Raises StoreError."""

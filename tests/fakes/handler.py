@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from readroom.records import ClaimedJob, GenerationSettings, ImageRef, JobKind, Outcome, Priority
+from readroom.records import ClaimedJob, GenerationSettings, ImageRef, JobKind, Outcome, Priority, QueuedJob
 from worker.handle import BatchKey, ReadyBatch
 
 SETTINGS = GenerationSettings()
@@ -48,10 +48,14 @@ class FakeHandler:
         """The jobs of each forward pass."""
         return [jobs for step, jobs in self.log if step == "run"]
 
-    def find_attempts(self, job_ids: Sequence[int]) -> dict[int, int]:
+    def find_queued(self, job_ids: Sequence[int]) -> dict[int, QueuedJob]:
         self._note("find", job_ids)
         found = {job_id: self.rows[job_id] for job_id in job_ids if job_id in self.rows}
-        return {job_id: row.unanswered for job_id, row in found.items() if row.state == "queued"}
+        queued = {job_id: row for job_id, row in found.items() if row.state == "queued"}
+        return {
+            job_id: QueuedJob(row.unanswered, (JobKind.CAPTION, "dummy", row.checkpoint, SETTINGS.digest))
+            for job_id, row in queued.items()
+        }
 
     def claim_jobs(self, job_ids: Sequence[int]) -> list[ClaimedJob]:
         self._note("claim", job_ids)

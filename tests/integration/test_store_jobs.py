@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -11,7 +12,7 @@ from sqlalchemy import func, select
 from db.jobs import (
     claim_jobs,
     drop_failures,
-    find_attempts,
+    find_queued,
     first_published,
     forget_published,
     get_failure,
@@ -135,24 +136,46 @@ def test_a_claim_waits_for_the_time_a_retry_was_put_off_to(store: Store) -> None
     assert [one.attempt for one in claim_jobs(store, [job], "w", 60)] == [2]
 
 
+def find_unanswered(store: Store, ids: list[int]) -> dict[int, int]:
+    return {job: known.unanswered for job, known in find_queued(store, ids).items()}
+
+
+def test_what_a_job_needs_is_known_before_a_claim(store: Store) -> None:
+    usual = GenerationSettings(num_beams=2)
+    other = GenerationSettings(num_beams=5)
+    changes: list[dict[str, Any]] = [{}, {"captioner": "vlp"}, {"checkpoint": "sha256:b"}, {"settings": other}]
+    ids = [job for change in changes for job in add_jobs(store, 2, **change)]
+    needs = [known.needs for _, known in sorted(find_queued(store, ids).items())]
+    assert (
+        needs[::2]
+        == needs[1::2]
+        == [
+            ("caption", "blip", "dummy:", usual.digest),
+            ("caption", "vlp", "dummy:", usual.digest),
+            ("caption", "blip", "sha256:b", usual.digest),
+            ("caption", "blip", "dummy:", other.digest),
+        ]
+    )
+
+
 def test_attempts_are_known_before_a_claim(store: Store) -> None:
     ids = add_jobs(store, 3)
     claim_jobs(store, ids[:2], "w", 60)
     set_columns(store, ids[:1], lease_until=now() - 1)
     return_expired(store, 3)
-    assert find_attempts(store, [*ids, 10**15]) == {ids[0]: 1, ids[2]: 0}
+    assert find_unanswered(store, [*ids, 10**15]) == {ids[0]: 1, ids[2]: 0}
 
 
 def test_an_attempt_that_had_an_outcome_is_not_counted_as_unanswered(store: Store) -> None:
     (job,) = add_jobs(store, 1)
     claim_jobs(store, [job], "w", 60)
     write_outcomes(store, [Outcome(job, 1, "dummy:", reason=Reason.MISSING, retry=True)], "w", 3)
-    assert find_attempts(store, [job]) == {job: 0}
+    assert find_unanswered(store, [job]) == {job: 0}
 
     (again,) = claim_jobs(store, [job], "w", -1)
     assert (again.attempt, again.unanswered) == (2, 0)
     return_expired(store, 3)
-    assert find_attempts(store, [job]) == {job: 2}
+    assert find_unanswered(store, [job]) == {job: 2}
     (last,) = claim_jobs(store, [job], "w", 60)
     assert (last.attempt, last.unanswered) == (3, 2)
 

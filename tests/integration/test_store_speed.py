@@ -9,7 +9,7 @@ from sqlalchemy import event, text
 
 from db.jobs import (
     claim_jobs,
-    find_attempts,
+    find_queued,
     forget_published,
     has_work,
     list_failures,
@@ -40,7 +40,7 @@ def run_everything(store: Store) -> None:
     unpublished_jobs(store, KINDS, 0, 100)
     mark_published(store, ids)
     forget_published(store, KINDS, 60)
-    find_attempts(store, ids)
+    find_queued(store, ids)
     claimed = claim_jobs(store, ids, "w", 60)
     renew_leases(store, ids, "w", 60)
     outcomes = [Outcome(one.id, one.attempt, "dummy:", text="clear") for one in claimed[:10]]
@@ -153,8 +153,9 @@ def test_a_hundred_thousand_queued_jobs_slow_nothing_down(sqlite_store: Store) -
 
 NUMBERS = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 100000)"
 MANY_JOBS = (
-    "INSERT INTO submissions VALUES ('many', 'enqueuing', 'd', 'pacs', '/x', 'bulk', 'blip', 'dummy:', '{}', '[]', '', "
-    "'{}', 0, 0, 0, 0, 0, 0, 0.0, NULL)",
+    "INSERT INTO submissions (id, state, plan_digest, source_kind, source, priority, captioners, kinds, question, "
+    "options, found, queued, already_done, skipped, studies, images, created_at) "
+    "VALUES ('many', 'enqueuing', 'd', 'pacs', '/x', 'bulk', '[]', '[]', '', '{}', 0, 0, 0, 0, 0, 0, 0.0)",
     "INSERT INTO images (id, digest, frame, sop_instance_uid, path, view_rank, flags, created_at) "
     "VALUES (1, 'd', 0, '', '/x', 2, '[]', 0.0)",
     f"{NUMBERS} INSERT INTO jobs (id, key, kind, state, priority, submission_id, image_id, captioner, checkpoint, "

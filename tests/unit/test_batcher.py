@@ -8,7 +8,7 @@ import pytest
 
 from readroom.errors import StoreError, StoreUnavailable
 from readroom.records import Priority
-from tests.fakes.handler import FakeHandler, make_rows
+from tests.fakes.handler import FakeHandler, FakeRow, make_rows
 from worker import batcher as batcher_module
 from worker.batcher import Batcher, BatchLimits, Ending, Ticket
 
@@ -176,9 +176,82 @@ def test_who_waited_long_goes_with_stat(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_different_checkpoints_never_share_a_batch() -> None:
     handler = FakeHandler(make_rows(1, 3, checkpoint="a") | make_rows(2, 4, checkpoint="b"))
-    with run_batcher(handler, batch_wait_s=LONG_S) as batcher:
+    with run_batcher(handler, batch_wait_s=LONG_S, capacity=1) as batcher:
         assert batcher.submit([1, 2, 3, 4], Priority.BULK).wait(WAIT_S) is Ending.DONE
     assert handler.batches == [[1, 3], [2, 4]]
+
+
+def make_mixed(count: int, *checkpoints: str) -> dict[int, FakeRow]:
+    """Rows whose checkpoints take turns."""
+    return {number: FakeRow(checkpoint=checkpoints[number % len(checkpoints)]) for number in range(count)}
+
+
+def test_mixed_messages_of_several_checkpoints_make_full_batches() -> None:
+    handler = FakeHandler(make_mixed(48, "a", "b", "a"))  # twice as many of one as of the other
+    with run_batcher(handler, max_batch=8, batch_wait_s=LONG_S, capacity=12) as batcher:
+        tickets = [batcher.submit(range(first, first + 4), Priority.BULK) for first in range(0, 48, 4)]
+
+        assert end_all(tickets) == [Ending.DONE] * 12
+    assert {len(batch) for batch in handler.batches} == {8}
+    assert {len({handler.rows[job].checkpoint for job in batch}) for batch in handler.batches} == {1}
+
+
+def test_a_full_batch_does_not_wait_for_a_few_jobs_of_another_checkpoint() -> None:
+    handler = FakeHandler(make_rows(1, checkpoint="a") | make_rows(2, 3, 4, checkpoint="b"))
+    with run_batcher(handler, max_batch=3, batch_wait_s=LONG_S, capacity=3) as batcher:
+        first = batcher.submit([1], Priority.STAT)
+        assert batcher.submit([2, 3, 4], Priority.BULK).wait(WAIT_S) is Ending.DONE
+        assert not first.is_over
+
+        handler.rows |= make_rows(5, checkpoint="a") | make_rows(6, checkpoint="c")
+        tickets = [first, batcher.submit([5], Priority.BULK), batcher.submit([6], Priority.BULK)]
+        assert end_all(tickets) == [Ending.DONE] * 3
+    assert handler.batches == [[2, 3, 4], [1, 5], [6]]
+
+
+def test_a_backlog_of_one_checkpoint_does_not_starve_another() -> None:
+    handler = FakeHandler(make_rows(*range(40), checkpoint="a") | make_rows(40, 41, checkpoint="b"))
+    handler.gate.clear()
+    with run_batcher(handler, max_batch=4, batch_wait_s=0.0) as batcher:
+        tickets = [batcher.submit(range(20), Priority.BULK), batcher.submit([40, 41], Priority.BULK)]
+        tickets.append(batcher.submit(range(20, 40), Priority.BULK))
+        assert handler.entered.wait(WAIT_S)
+
+        handler.gate.set()
+        assert end_all(tickets) == [Ending.DONE] * 3
+    assert handler.batches.index([40, 41]) == 5  # after the 20 jobs that arrived before it
+
+
+def test_a_job_that_is_looked_up_once_is_not_looked_up_for_each_batch() -> None:
+    handler = FakeHandler(make_rows(*range(40)))
+    with run_batcher(handler, batch_wait_s=LONG_S, capacity=1) as batcher:
+        assert batcher.submit(range(40), Priority.BULK).wait(WAIT_S) is Ending.DONE
+    assert [jobs for step, jobs in handler.log if step == "find"] == [list(range(40))]
+
+
+def test_a_job_that_another_worker_took_after_it_was_looked_up_is_done_with() -> None:
+    handler = FakeHandler(make_rows(1, 2))
+
+    def take_job(step: str, jobs: list[int]) -> None:
+        if step == "claim":
+            handler.rows[1].state = "succeeded"
+
+    handler.trouble = take_job
+    with run_batcher(handler, batch_wait_s=LONG_S, capacity=1) as batcher:
+        assert batcher.submit([1, 2], Priority.BULK).wait(WAIT_S) is Ending.DONE
+    assert handler.batches == [[2]]
+
+
+def test_a_stop_while_new_jobs_are_looked_up_gives_them_back() -> None:
+    handler = FakeHandler(make_rows(1))
+    with run_batcher(handler) as batcher:
+        with hold_step(handler, "find") as held:
+            ticket = batcher.submit([1], Priority.BULK)
+            assert held.wait(WAIT_S)
+            batcher.release_waiting()
+            assert not ticket.is_over
+        assert ticket.wait(WAIT_S) is Ending.RELEASED
+    assert handler.batches == []
 
 
 def test_jobs_started_once_before_run_apart_in_groups_of_eight() -> None:
