@@ -1,8 +1,8 @@
 """`readroom demo`: the whole loop on this machine, on sample data with real junk in it.
 
 Every part is the real one: the producers scan a PACS export and a COCO folder, an embedded Valkey carries the ids, a
-separate worker process captions with the bundled BLIP, SQLite keeps the results. Only the pictures are drawn, apart
-from a real chest radiograph and other real DICOM files that the package `pydicom-data` ships.
+separate worker process captions with the bundled BLIP and the bundled VLP, SQLite keeps the results. Only the pictures
+are drawn, apart from a real chest radiograph and other real DICOM files that the package `pydicom-data` ships.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from readroom.errors import BadCall, ReadroomError
 from readroom.intake import EXPECTED_REASONS, Intake, opened_store, run_intake
-from readroom.records import JobState, Priority, SubmissionCounts
+from readroom.records import FAMILIES, JobState, Priority, SubmissionCounts
 from readroom.settings import Settings, load_settings
 from readroom.sheet import SheetEntry, write_sheet
 
@@ -73,6 +73,7 @@ def run_demo(output: Path, studies: int, scenes: int, seed: int, console: Consol
     settings = demo_settings(output)
     timings = Timings()
     console.print("[bold]Readroom demo[/] for research, not a medical device")
+    families = find_families()
     with timings.measure("draw the samples", console):
         samples = draw_samples(output / "samples", studies, scenes, seed)
     with timings.measure("start the broker and a worker", console):
@@ -80,10 +81,10 @@ def run_demo(output: Path, studies: int, scenes: int, seed: int, console: Consol
     try:
         with timings.measure("enqueue the PACS export and the COCO folder", console):
             submissions = [
-                submit_sample(settings, "pacs", samples.export),
-                submit_sample(settings, "coco", samples.scenes),
+                submit_sample(settings, "pacs", samples.export, families),
+                submit_sample(settings, "coco", samples.scenes, families),
             ]
-        with timings.measure("caption", console):
+        with timings.measure(f"caption with {' and '.join(map(str.upper, families))}", console):
             wait_for_jobs(settings, submissions, worker, console)
     finally:
         with timings.measure("stop the worker and the broker", console):
@@ -109,9 +110,17 @@ def demo_settings(output: Path) -> Settings:
     for name in [name for name in os.environ if name.startswith("READROOM_")]:
         del os.environ[name]
     os.environ["READROOM_HOME"] = str((output / "home").resolve())
-    os.environ["READROOM_BLIP_MODEL"] = "bundled"
+    for family in FAMILIES:
+        os.environ[f"READROOM_{family.upper()}_MODEL"] = "bundled"
     os.environ["READROOM_LOG_LEVEL"] = "INFO"
     return load_settings(_env_file=None)
+
+
+def find_families() -> tuple[str, ...]:
+    """The families with a bundled checkpoint in this checkout. Raises CheckpointMissing where there is none at all."""
+    from models.checkpoint import BUNDLED, list_bundled, resolve_checkpoint
+
+    return tuple(bundled.family for bundled in list_bundled()) or (resolve_checkpoint(BUNDLED).family,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +178,11 @@ def start_worker(settings: Settings, output: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=settings.home_dir, start_new_session=True)
 
 
-def submit_sample(settings: Settings, kind: str, path: Path) -> SubmissionCounts:
-    """Enqueue one sample folder."""
+def submit_sample(settings: Settings, kind: str, path: Path, families: tuple[str, ...]) -> SubmissionCounts:
+    """Enqueue one sample folder: one submission, each image captioned by each family."""
     priority = Priority.STAT if kind == "pacs" else Priority.BULK
     options = (("split", SPLIT),) if kind == "coco" else ()
-    return run_intake(settings, Intake(source_kind=kind, path=path, priority=priority, options=options))
+    return run_intake(settings, Intake(kind, path, priority, captioners=families, options=options))
 
 
 def wait_for_jobs(
@@ -245,14 +254,24 @@ def show_outcome(
 
 
 def caption_table(records: list[ResultRecord]) -> Table:
-    """Image, view, caption, score."""
+    """Image, view, model, caption, score: a row for each caption, those of an image together."""
     table = Table(title="Captions", title_justify="left", show_lines=False)
-    for column in ("image", "view", "caption", "score"):
+    for column in ("image", "view", "model", "caption", "score"):
         table.add_column(column, overflow="fold")
-    for record in records:
-        score = "" if record.score is None else f"{record.score:.2f}"
-        table.add_row(*map(Text, (shorten_item(record.item), record.view or "", record.text, score)))
+    for said in group_images(records):
+        for number, record in enumerate(said):
+            image = (shorten_item(record.item), record.view or "") if number == 0 else ("", "")
+            score = "" if record.score is None else f"{record.score:.2f}"
+            table.add_row(*map(Text, (*image, record.captioner.upper(), record.text, score)))
     return table
+
+
+def group_images(records: list[ResultRecord]) -> list[list[ResultRecord]]:
+    """The results of each image, by family, in the order in which the images were found."""
+    images: dict[str, list[ResultRecord]] = {}
+    for record in records:
+        images.setdefault(record.item, []).append(record)
+    return [sorted(said, key=lambda record: FAMILIES.index(record.captioner)) for said in images.values()]
 
 
 def skipped_table(submissions: list[SubmissionCounts]) -> Table:
@@ -277,18 +296,20 @@ def timing_table(timings: Timings) -> Table:
 
 
 def draw_entries(samples: Samples, films: list[ResultRecord], scenes: list[ResultRecord]) -> list[SheetEntry]:
-    """A card for each result: the picture as the model saw it, the caption, and the truth where it was drawn."""
+    """A card for each image: its picture, each model's caption, and the truth where it was drawn."""
     from PIL import Image
 
     from models.pixels import render_file
 
     entries = []
     for folder, prefix, records in ((samples.export, "", films), (samples.scenes / SPLIT, f"{SPLIT}/", scenes)):
-        for record in records:
-            truth = samples.truths.get(prefix + record.item)
+        for said in group_images(records):
+            item = said[0].item
+            truth = samples.truths.get(prefix + item)
             detail = f"truth: {truth}" if truth else "a real film: its truth is not known"
-            picture = Image.fromarray(render_file(folder / record.item))
-            entries.append(SheetEntry(picture, shorten_item(record.item, TITLE_CHARACTERS), record.text, detail))
+            picture = Image.fromarray(render_file(folder / item))
+            texts = {record.captioner.upper(): record.text for record in said}
+            entries.append(SheetEntry(picture, shorten_item(item, TITLE_CHARACTERS), texts, detail))
     return entries
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +20,11 @@ COLUMNS = 6
 TEXT_LINES = 6
 FONT_SIZE = 14
 LINE = FONT_SIZE + 4
+BLOCK_GAP = 6  # between title, texts and truth
 TEXT_WIDTH = THUMB - GAP
 INK, FAINT, PAPER, CARD = (28, 32, 38), (104, 112, 122), (240, 242, 245), (255, 255, 255)
+NAME = (31, 95, 168)  # of who said a text
+Colour = tuple[int, int, int]
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -33,21 +36,26 @@ main{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:
 figure{margin:0;background:#fff;border-radius:8px;overflow:hidden;box-shadow:0 1px 3px #0002}
 img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000}
 figcaption{padding:.7rem .9rem 1rem;overflow-wrap:anywhere}small{color:#68707a;display:block}
+figcaption p{margin:.25rem 0}b{color:#1f5fa8;font-size:.8rem}
 </style></head><body><h1>{{ title }}</h1><p class="note">{{ note }}</p><main>
 {% for e in entries %}<figure><img alt="{{ e.title }}" src="data:image/jpeg;base64,{{ e.jpeg }}">
-<figcaption><small>{{ e.title }}</small>{{ e.text }}
-{% if e.detail %}<small>{{ e.detail }}</small>{% endif %}</figcaption></figure>
+<figcaption><small>{{ e.title }}</small>
+{% for name, text in e.texts.items() %}<p>{% if name %}<b>{{ name }}</b> {% endif %}{{ text }}</p>
+{% endfor %}{% if e.detail %}<small>{{ e.detail }}</small>{% endif %}</figcaption></figure>
 {% endfor %}</main></body></html>
 """
 
 
 @dataclass(frozen=True, slots=True)
 class SheetEntry:
-    """One card: a picture, where it came from, what was said, and a smaller line (truth, score)."""
+    """One card: a picture, where it came from, what was said by whom, and a smaller line (truth, score).
+
+    `texts` are by the name of who said them; one alone may have the name "".
+    """
 
     picture: Picture
     title: str
-    text: str
+    texts: Mapping[str, str]
     detail: str = ""
 
 
@@ -62,7 +70,7 @@ def write_sheet(entries: Sequence[SheetEntry], folder: Path, title: str, note: s
 
 def render_page(entries: Sequence[SheetEntry], title: str, note: str) -> str:
     """The HTML page, pictures embedded, so that one file can be passed on."""
-    cards = [{"title": e.title, "text": e.text, "detail": e.detail, "jpeg": encode_jpeg(e.picture)} for e in entries]
+    cards = [{"title": e.title, "texts": e.texts, "detail": e.detail, "jpeg": encode_jpeg(e.picture)} for e in entries]
     return Environment(autoescape=True).from_string(PAGE).render(title=title, note=note, entries=cards)
 
 
@@ -78,7 +86,7 @@ def encode_jpeg(picture: Picture, side: int = 2 * THUMB) -> str:
 def draw_sheet(entries: Sequence[SheetEntry], title: str, note: str) -> Picture:
     """The whole sheet as one RGB picture, `COLUMNS` cards a row, each row as high as its longest text."""
     rows = [entries[start : start + COLUMNS] for start in range(0, len(entries), COLUMNS)]
-    heights = [THUMB + 2 * GAP + LINE * max(len(list_lines(entry)) for entry in row) for row in rows]
+    heights = [THUMB + GAP + max(measure_lines(entry) for entry in row) for row in rows]
     width = COLUMNS * (THUMB + GAP) + GAP
     sheet = Image.new("RGB", (width, HEAD + sum(heights) + GAP * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -97,16 +105,34 @@ def draw_card(sheet: Picture, entry: SheetEntry, left: int, top: int, height: in
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((left, top, left + THUMB - 1, top + height - 1), fill=CARD)
     sheet.paste(fit_square(entry.picture), (left, top))
-    for number, (line, colour) in enumerate(list_lines(entry)):
-        place = (left + GAP // 2, top + THUMB + GAP // 2 + number * LINE)
-        draw.text(place, clip_text(line, load_font(FONT_SIZE), TEXT_WIDTH), fill=colour, font=load_font(FONT_SIZE))
+    place = top + THUMB + GAP // 2
+    for block in list_blocks(entry):
+        for line, colour in block:
+            text = clip_text(line, load_font(FONT_SIZE), TEXT_WIDTH)
+            draw.text((left + GAP // 2, place), text, fill=colour, font=load_font(FONT_SIZE))
+            place += LINE
+        place += BLOCK_GAP
 
 
-def list_lines(entry: SheetEntry) -> list[tuple[str, tuple[int, int, int]]]:
-    """The lines under a picture, each with its colour: title, text, detail."""
-    text = wrap_text(entry.text, load_font(FONT_SIZE), TEXT_WIDTH)[:TEXT_LINES]
-    detail = wrap_text(entry.detail, load_font(FONT_SIZE), TEXT_WIDTH)[:TEXT_LINES]
-    return [(entry.title, FAINT), *((line, INK) for line in text), *((line, FAINT) for line in detail)]
+def measure_lines(entry: SheetEntry) -> int:
+    """The height of what stands under a picture, pixels."""
+    blocks = list_blocks(entry)
+    return LINE * sum(map(len, blocks)) + BLOCK_GAP * len(blocks)
+
+
+def list_blocks(entry: SheetEntry) -> list[list[tuple[str, Colour]]]:
+    """The lines under a picture, each with its colour: title, each text under the name of who said it, detail."""
+    said = [
+        [*([(name, NAME)] if name else []), *((line, INK) for line in wrap_block(text))]
+        for name, text in entry.texts.items()
+    ]
+    detail = [(line, FAINT) for line in wrap_block(entry.detail)]
+    return [[(entry.title, FAINT)], *said, *([detail] if detail else [])]
+
+
+def wrap_block(text: str) -> list[str]:
+    """A text's lines as they fit on a card, the first `TEXT_LINES` of them."""
+    return wrap_text(text, load_font(FONT_SIZE), TEXT_WIDTH)[:TEXT_LINES]
 
 
 def fit_square(picture: Picture) -> Picture:
