@@ -124,6 +124,12 @@ class Settings(BaseSettings):
             raise ValueError("an address like postgresql://user:password@host/database or sqlite:////path is needed")
         return value
 
+    @field_validator("region_dir")
+    @classmethod
+    def expand_region_dir(cls, value: Path | None) -> Path | None:
+        """The folder with `~` expanded, which no shell does for a line of `.env`."""
+        return value.expanduser() if value is not None else None
+
     @property
     def home_dir(self) -> Path:
         """The home with `~` expanded; not created here."""

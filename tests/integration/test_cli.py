@@ -160,7 +160,8 @@ def test_two_captioners_read_every_image_in_one_submission(run: Run, pictures: P
     (listed,) = json.loads(run("submissions", "--json").stdout)
     assert [one["captioner"] for one in listed["plan"]["captioners"]] == ["blip", "vlp"]
 
-    run("worker", "--drain")
+    log = run("worker", "--drain", READROOM_MAX_BATCH="2").stderr
+    assert log.count(" loaded in ") == 2, "each model is loaded once"
     records = [json.loads(line) for line in run("results", counts["submission"]).stdout.splitlines()]
     checkpoints = {"blip": "dummy:base_ms=0,item_ms=1", "vlp": "dummy:base_ms=0,item_ms=2"}
     assert sorted((record["item"], record["captioner"], record["checkpoint"]) for record in records) == [

@@ -43,6 +43,11 @@ def test_every_family_has_a_setting_that_names_its_captioner(monkeypatch: pytest
     assert [load_settings().name_model(family) for family in FAMILIES] == ["my-blip", "my-vlp"]
 
 
+def test_the_folder_of_features_may_begin_at_the_users_home(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("READROOM_REGION_DIR=~/features\n")
+    assert load_settings().region_dir == Path.home() / "features"
+
+
 def test_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("READROOM_BROKER_URL", "")
     assert load_settings().broker_url is None
