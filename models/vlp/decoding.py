@@ -79,61 +79,63 @@ class Searched:
 
 
 class Writer:
-    """The incremental decoder: prefix once, then two positions a step, the token just chosen and a fresh [MASK]."""
+    """The incremental decoder: prefix once, then two positions a step for each slot, its last token and a fresh [MASK].
 
-    def __init__(self, model: VlpModel, regions: SeenRegions, special: SpecialIds, steps: int) -> None:
-        """Read the regions of N pictures and make room for `steps` tokens. Raises BadCall when that is too many."""
+    The K slots of a picture stand in one row, so that its prefix is kept once and read once. They differ in what they
+    see: `seen` [N, K, positions] tells which of the kept positions are a slot's past. To go on from another slot's text
+    changes that, and no key or value.
+    """
+
+    def __init__(self, model: VlpModel, regions: SeenRegions, special: SpecialIds, steps: int, slots: int) -> None:
+        """Read the regions of N pictures and make room for `steps` tokens a slot. Raises BadCall when too many."""
         if model.config.prefix_length + steps > model.config.max_position_embeddings:
             raise BadCall("more tokens are asked for than the model has positions")
         self.model, self.special = model, special
         self.prefix = model.config.prefix_length
         self.types = decode_types(model.config, steps).to(model.device)
         self.rows = len(regions.features)
-        self.caches = [self._make_cache(steps) for _ in range(model.config.num_hidden_layers)]
+        self.seen = torch.ones(self.rows, 1, self.prefix, dtype=torch.bool, device=model.device)
+        self.caches = [self._make_cache(self.prefix + steps * slots) for _ in range(model.config.num_hidden_layers)]
         ids = torch.tensor([prefix_ids(model.config, special)], device=model.device).expand(self.rows, -1)
         types = self.types[: self.prefix].expand(self.rows, -1)
         model.bert.encoder(model.embed(regions, ids, types), None, self.caches)
-        self._set_length(self.prefix)
+        self._keep_seen()
 
-    def write(self, chosen: Tensor | None) -> Tensor:
-        """LM logits [rows, V] of the next token; `chosen` [rows] are the tokens of the step before, None at first."""
+    def start(self) -> Tensor:
+        """LM logits [N, V] of the first token."""
         masks = torch.full((self.rows, 1), self.special.mask, device=self.model.device)
-        ids = masks if chosen is None else torch.cat([chosen[:, None], masks], dim=1)
-        start, count = self.caches[0].length, ids.shape[1]
-        positions = torch.arange(start, start + count, device=ids.device)
+        return self._read_masks(masks, torch.tensor([self.prefix], device=masks.device), None, 1)
+
+    def write(self, chosen: Tensor, parents: Tensor) -> Tensor:
+        """LM logits [N * K, V] of the next token: slot k writes `chosen[:, k]` behind slot `parents[:, k]`'s text."""
+        slots = chosen.shape[1]
+        past = self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.seen.shape[2]))
+        own = torch.eye(slots, dtype=torch.bool, device=chosen.device).expand(self.rows, -1, -1)
+        self.seen = torch.cat([past, own], dim=2)
+        place = self.prefix + (self.seen.shape[2] - self.prefix) // slots  # of the [MASK]s
+        positions = torch.arange(place - 1, place + 1, device=chosen.device).repeat_interleave(slots)
+        ids = torch.cat([chosen, torch.full_like(chosen, self.special.mask)], dim=1)
+        masks_seen = torch.cat([torch.zeros_like(own), own], dim=1)  # a token does not see the [MASK] behind it
+        visible = torch.cat([self.seen.repeat(1, 2, 1), masks_seen], dim=2)
+        return self._read_masks(ids, positions, visible[:, None], slots)
+
+    def _read_masks(self, ids: Tensor, positions: Tensor, visible: Tensor | None, masks: int) -> Tensor:
+        """LM logits of the [MASK]s, which are the last `masks` of `ids` [N, L]; what stands before them is kept."""
         hidden = self.model.bert.embeddings(ids, self.types[positions].expand(self.rows, -1), positions)
-        visible = None
-        if chosen is not None:  # the token does not see the [MASK] behind it
-            visible = torch.ones(2, start + count, dtype=torch.bool, device=ids.device)
-            visible[0, -1] = False
         hidden = self.model.bert.encoder(hidden, visible, self.caches)
-        self._set_length(start + count - 1)
-        return self.model.predict_tokens(hidden[:, -1], TASK_NUMBERS["s2s"]).float()
+        self._keep_seen()
+        return self.model.predict_tokens(hidden[:, -masks:], TASK_NUMBERS["s2s"]).float().flatten(0, 1)
 
-    def widen(self, slots: int) -> None:
-        """Give each picture `slots` rows that start alike."""
-        self.rows *= slots
-        for cache in self.caches:
-            cache.keys = cache.keys.repeat_interleave(slots, dim=0)
-            cache.values = cache.values.repeat_interleave(slots, dim=0)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row `rows[i]` wrote. Only within a picture: the prefix stays where it is."""
-        for cache in self.caches:
-            written = slice(self.prefix, cache.length)
-            cache.keys[:, :, written] = cache.keys[rows, :, written]
-            cache.values[:, :, written] = cache.values[rows, :, written]
-
-    def _make_cache(self, steps: int) -> LayerCache:
+    def _make_cache(self, room: int) -> LayerCache:
         config = self.model.config
         size = config.hidden_size // config.num_attention_heads
-        shape = (self.rows, config.num_attention_heads, self.prefix + steps, size)
+        shape = (self.rows, config.num_attention_heads, room, size)
         keys = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         return LayerCache(keys, torch.empty_like(keys), 0)
 
-    def _set_length(self, length: int) -> None:
+    def _keep_seen(self) -> None:
         for cache in self.caches:
-            cache.length = length
+            cache.length = self.seen.shape[2]
 
 
 def search_captions(
@@ -145,17 +147,16 @@ def search_captions(
     keep_logits: bool = False,
 ) -> Searched:
     """Captions of N pictures. `whole` runs to the greatest length as the release does; the captions are the same."""
-    writer = Writer(model, regions, special, options.max_new_tokens)
-    count, beams = writer.rows, options.num_beams
+    count, beams = len(regions.features), options.num_beams
+    writer = Writer(model, regions, special, options.max_new_tokens, beams)
     scores: list[Tensor] = []
     tokens: list[Tensor] = []
     parents: list[Tensor] = []
     kept: list[Tensor] = []
     texts: list[list[int]] = [[] for _ in range(count)]
     best = torch.full((count,), -torch.inf, device=model.device)
-    chosen: Tensor | None = None
     for step in range(options.max_new_tokens):
-        logits = writer.write(chosen)
+        logits = writer.write(tokens[-1], parents[-1]) if step else writer.start()
         if keep_logits:
             kept.append(logits)
         steps = torch.log_softmax(logits, dim=-1)
@@ -167,14 +168,8 @@ def search_captions(
         best = torch.maximum(best, best_finished(ranked[0], ranked[1], step, options, special.end))
         if not whole and is_settled(ranked[0], ranked[1], best, options, special.end):
             break
-        if step == 0:
-            writer.widen(beams)
-            texts = [text for text in texts for _ in range(beams)]
-        elif beams > 1:
-            writer.reorder((ranked[2] + torch.arange(count, device=model.device)[:, None] * beams).flatten())
-        chosen = ranked[1].flatten()
         if options.ngram_size:
-            texts = extend_texts(texts, ranked[1], ranked[2] if step else torch.zeros_like(ranked[2]), beams)
+            texts = extend_texts(texts, ranked[1], ranked[2], len(texts) // count)
     frames = Frames(torch.stack(scores, 1), torch.stack(tokens, 1), torch.stack(parents, 1))
     found, totals = trace_best(frames, options.length_bonus, special.end)
     return Searched(found, totals, frames, tuple(kept))
