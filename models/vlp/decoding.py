@@ -231,9 +231,12 @@ def best_finished(scores: Tensor, tokens: Tensor, step: int, options: SearchOpti
 
 
 def is_settled(scores: Tensor, tokens: Tensor, best: Tensor, options: SearchOptions, end: int) -> bool:
-    """Whether no slot can still overtake its picture's best: totals only fall, and the bonus has a greatest value."""
+    """Whether no slot can still reach its picture's best: totals only fall, and the bonus has a greatest value.
+
+    A slot level with the best goes on: left as the last frame's, it could come before the best one and win the tie.
+    """
     reach = scores + max(0.0, options.length_bonus) * options.max_new_tokens
-    return bool((torch.where(tokens == end, -torch.inf, reach) <= best[:, None]).all())
+    return bool((torch.where(tokens == end, -torch.inf, reach) < best[:, None]).all())
 
 
 def trace_best(frames: Frames, bonus: float, end: int) -> tuple[tuple[list[int], ...], tuple[float, ...]]:
