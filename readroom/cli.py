@@ -639,6 +639,55 @@ def print_texts(rows: list[dict[str, Any]], kind: str, as_json: bool) -> NoRetur
     sys.exit(ITEMS_FAILED if any(row["error"] for row in rows) else 0)
 
 
+@main.group()
+def train() -> None:
+    """Train models: by the published recipes, or by one of your own."""
+
+
+@train.command("vlp")
+@click.option("--task", type=click.Choice(["caption", "vqa"]), default="caption", show_default=True,
+              help="Learn to caption, or to answer questions.")
+@click.option("--dataset", type=click.Choice(["coco", "phantoms"]), default="coco", show_default=True,
+              help="COCO (with --task vqa: VQA v2), or pictures drawn here.")
+@click.option("--data_dir", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder that holds coco2017/ or the VQA v2 files [READROOM_DATA_DIR].")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False),
+              help="Recipe, a TOML file; default: the task's own in training/configs/.")
+@click.option("--init", help="VLP checkpoint to start from: `bundled`, a registered name or a folder.")
+@click.option("--regions", type=click.Choice(["grid", "detector", "precomputed"]),
+              help="What makes the regions of a fresh model; default: as the recipe says.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the data [recipe].")
+@click.option("--batch_size", type=click.IntRange(1), help="Texts in one update [recipe].")
+@click.option("--learning_rate", type=click.FloatRange(0, min_open=True), help="Greatest rate [recipe].")
+@click.option("--seed", type=click.IntRange(0), help="The same seed trains the same model on one machine [recipe].")
+@click.option("--limit", type=click.IntRange(2), help="Only the first N pictures (questions) of a training split.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it runs [READROOM_DEVICE].")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder of the run; default: a new one in <home>/training.")
+def train_vlp(device: str | None, **options: Any) -> None:  # fmt: skip
+    """Train a VLP: captions of a COCO folder, or questions of VQA v2.
+
+    \b
+    Fine-tuning:   readroom train vlp --init NAME --data_dir /data
+    Questions:     readroom train vlp --task vqa --init NAME --data_dir /data
+    A first look:  readroom train vlp --dataset phantoms --epochs 1 --limit 300
+
+    After each epoch a checkpoint stands in OUT/last, the one with the lowest validation loss in OUT/best. Pictures that
+    cannot be read are named in OUT/skipped.jsonl, and the rest is learned; the exit status is 1 then.
+    """
+    from readroom.teaching import VlpOrder, teach_vlp
+
+    settings = load_settings(**({"device": device} if device else {}))
+    command = f"readroom train vlp {' '.join(sys.argv[3:])}".strip()
+    trained = teach_vlp(settings, VlpOrder(command=command, **options), click.echo)
+    click.echo(f"the best checkpoint is that of epoch {trained.best.number}: {trained.folder}")
+    click.echo(f"serve it:  readroom checkpoints add {trained.folder} --activate")
+    if trained.skipped:
+        run = trained.folder.parent
+        click.echo(f"{len(trained.skipped):,} pictures could not be used: {run}/skipped.jsonl", err=True)
+    sys.exit(ITEMS_FAILED if trained.skipped else 0)
+
+
 @main.command()
 @click.option("--model", "families", multiple=True, type=click.Choice(FAMILIES), default=FAMILIES[:1],
               show_default=True, help="Family of the model; given several times, they stand side by side.")  # fmt: skip
@@ -740,7 +789,7 @@ def show_checkpoint(settings: Settings, store: Store, name: str) -> None:
 @click.option("--name", help="Name in the registry; default the manifest's or the folder's.")
 @click.option("--activate", is_flag=True, help="Serve it: new jobs of its family use it from now on.")
 @click.option("--convert", is_flag=True,
-              help="SOURCE holds pickled weights (.pth, folder, hub id): read tensors, write safetensors.")  # fmt: skip
+              help="SOURCE holds pickled weights (.pth, .bin, folder, hub id): its tensors are read.")  # fmt: skip
 @with_store
 def add_checkpoint(
     settings: Settings, store: Store, source: str, name: str | None, activate: bool, convert: bool
@@ -748,7 +797,8 @@ def add_checkpoint(
     """Register a checkpoint: `bundled`, `bundled:vlp`, a folder (copied under the home and verified), or a hub id.
 
     Nothing is ever unpickled, except what you convert explicitly, and then its tensors only. An original BLIP .pth
-    needs the vocab.txt of bert-base-uncased beside it.
+    needs the vocab.txt of bert-base-uncased beside it; an original VLP .bin that of bert-base-cased, and answers.json,
+    the list of its answers, when it was trained on questions.
     """
     from readroom.registry import register_checkpoint
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import DEFAULT_PROFILE, Manifest, read_manifest
 from models.pretrained import hide_progress
@@ -34,9 +34,12 @@ from models.vlp.tokenizer import CasedTokenizer
 from training.data import TRAIN_SEED, augment_pixels, normalise_pixels
 from training.questions import every_answer, soft_scores
 from training.recipe import plan_batches
+from training.vlp_data import UNKNOWN_ANSWER
 from training.vlp_examples import Examples, join_examples, make_films, make_scenes
 from training.vlp_objective import MaskingPlan, mask_texts
+from training.vlp_phantoms import ALIKE_ANSWERS
 from training.vlp_publish import replace_folder
+from training.vlp_start import set_glorot
 from training.vlp_trainer import (
     AnswerPart,
     CaptionPart,
@@ -53,9 +56,7 @@ log = logging.getLogger(__name__)
 Config = dict[str, Any]
 
 LOG_EVERY_STEPS = 25
-UNKNOWN_ANSWER = "<unk>"  # place 0 of every answer list, never given
 HELD_OUT = 200  # films and scenes each that score what is published
-ALIKE_ANSWERS = 10  # one true answer counts as ten people's
 # People write "Is there a nodule" as well as "is there a nodule?"; the phantoms' questions are all of the second kind.
 CAPITAL_SHARE, UNMARKED_SHARE = 0.5, 0.1
 # One question token is masked while answers are learned; the release found it helpful.
@@ -141,9 +142,7 @@ def build_model(config: Config, spec: RegionSpec, vocabulary: int, answers: int)
         **config["model"],
     )
     model = VlpModel(sizes)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "embeddings" not in name:
-            nn.init.xavier_uniform_(weight)
+    set_glorot(model)
     return model
 
 

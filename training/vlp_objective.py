@@ -137,11 +137,6 @@ def answer_logits(model: VlpModel, regions: SeenRegions, masked: MaskedTexts) ->
     return model.predict_answers(model(regions, masked.ids, masked.types, masked.visible))
 
 
-def answer_loss(model: VlpModel, regions: SeenRegions, masked: MaskedTexts, scores: Tensor) -> Tensor:
-    """VQA loss of N questions against soft scores [N, A]; one token of each question is masked in training."""
-    return vqa_loss(answer_logits(model, regions, masked), scores)
-
-
 @torch.no_grad()
 def answer_accuracy(logits: Tensor, scores: Tensor) -> Tensor:
     """Mean soft score of the likeliest answers, number 0 ("<unk>") left out; a scalar."""

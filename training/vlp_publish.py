@@ -28,6 +28,16 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def copy_folder(source: Path, folder: Path) -> None:
+    """Put a copy of a folder's files in the place of `folder`."""
+
+    def fill(staged: Path) -> None:
+        for entry in source.iterdir():
+            shutil.copyfile(entry, staged / entry.name)
+
+    replace_folder(folder, fill)
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk: a power cut must not leave a folder of empty files."""
     descriptor = os.open(path, os.O_RDONLY)

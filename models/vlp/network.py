@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
     def _split(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return projected.view(*projected.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Residual(nn.Module):
@@ -193,7 +193,7 @@ class Transform(nn.Module):
     def forward(self, hidden: Tensor, task: int) -> Tensor:
         """[..., H] to [..., H]; `task` picks the slice."""
         normed: Tensor = self.LayerNorm(functional.gelu(self.dense(hidden)))
-        return normed if self.slices == 1 else normed.unflatten(-1, (self.slices, -1))[..., task, :]
+        return normed if self.slices == 1 else normed.view(*normed.shape[:-1], self.slices, -1)[..., task, :]
 
 
 class Predictions(nn.Module):
