@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from models.vlp import captioner, decoding, layout, regions
 from models.vlp.captioner import AnswerRaw, VlpParts
-from models.vlp.decoding import Frames
+from models.vlp.decoding import Frames, Writer
 from models.vlp.layout import lay_out
 from models.vlp.network import Embeddings, Encoder, VlpModel
 from models.vlp.regions import Regions
@@ -147,9 +147,24 @@ def show_mask_to_token(patch: Patch, _: ReferenceSet) -> None:
     encode = Encoder.forward
 
     def forward(self: Encoder, hidden: Tensor, visible: Tensor | None, caches: Any = None) -> Tensor:
-        return encode(self, hidden, None if caches is not None else visible, caches)
+        if caches is not None and visible is not None:
+            slots = visible.shape[-2] // 2  # their tokens, then their [MASK]s
+            visible = visible.clone()
+            visible[..., :slots, -slots:] |= torch.eye(slots, dtype=torch.bool)
+        return encode(self, hidden, visible, caches)
 
     patch.setattr(Encoder, "forward", forward)
+
+
+def forget_parents(patch: Patch, _: ReferenceSet) -> None:
+    """Each slot of a beam goes on from what stood in the same slot, whatever text it continues."""
+    write = Writer.write
+
+    def write_on(self: Writer, chosen: Tensor, parents: Tensor) -> Tensor:
+        same = torch.arange(chosen.shape[1]).clamp(max=self.seen.shape[1] - 1)
+        return write(self, chosen, same.expand_as(parents))
+
+    patch.setattr(Writer, "write", write_on)
 
 
 def divide_by_length(patch: Patch, _: ReferenceSet) -> None:
@@ -195,6 +210,7 @@ MISTAKES = {
     "class_index_for_confidence": Mistake(keep_class_index, ("prep", *FORWARDS), "prep.vis_pe_geometry"),
     "no_second_relu": Mistake(drop_second_relu, FORWARDS, "mlm_s2s.embedding_output"),
     "token_sees_mask": Mistake(show_mask_to_token, ("greedy", "beam*"), "greedy.", has_two_layers),
+    "parents_forgotten": Mistake(forget_parents, ("beam*",), "beam"),
     "mean_for_sum": Mistake(divide_by_length, ("beam*",), "beam"),
 }
 
@@ -230,8 +246,8 @@ def test_mistake_is_caught_by_every_case_it_touches(made: ReferenceSet, name: st
 
 
 def test_five_named_mistakes_and_others_are_tried() -> None:
-    assert len(MISTAKES) == 14
-    assert len({mistake.spoil for mistake in MISTAKES.values()}) == 14
+    assert len(MISTAKES) == 15
+    assert len({mistake.spoil for mistake in MISTAKES.values()}) == 15
 
 
 def list_caught_by(reference: ReferenceSet, mistake: Mistake) -> list[str]:
