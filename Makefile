@@ -67,9 +67,10 @@ check: $(STAMP) ## Check style, types and who imports whom.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Measure the queue against plain Celery and celery-batches.
+bench: $(STAMP) ## Measure the queue and VLP's decoder against their peers, VLP beside BLIP; half an hour.
 	@$(PIP_INSTALL) --no-deps celery-batches==0.11
 	@$(BIN)/python -m benchmarks.queue
+	@$(BIN)/python -m benchmarks.vlp
 
 scores: $(STAMP) ## Score the bundled models on held-out phantoms and write the scores into docs/evaluation.md.
 	@$(BIN)/python evaluate.py --model blip --model vlp --markdown docs/evaluation.md
