@@ -11,9 +11,6 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-# Parameters whose names end like this are not decayed.
-NOT_DECAYED = ("bias", "LayerNorm.weight", "layernorm.weight", "layer_norm1.weight", "layer_norm2.weight")
-
 
 class BertAdam(torch.optim.Optimizer):
     """Each tensor's gradient is clipped to `clip_norm` by itself, as the release does; 0 clips nothing."""
@@ -64,13 +61,11 @@ class BertAdam(torch.optim.Optimizer):
 
 
 def group_parameters(module: nn.Module, weight_decay: float, **settings: Any) -> list[dict[str, Any]]:
-    """A module's parameters in two groups: with weight decay, and biases and LayerNorms without."""
-    named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
-    plain = [weight for name, weight in named if name.endswith(NOT_DECAYED)]
-    decayed = [weight for name, weight in named if not name.endswith(NOT_DECAYED)]
+    """A module's parameters in two groups: with weight decay, and biases and normalisations, all vectors, without."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
     return [
-        {"params": decayed, "weight_decay": weight_decay, **settings},
-        {"params": plain, "weight_decay": 0.0, **settings},
+        {"params": [weight for weight in trained if weight.dim() > 1], "weight_decay": weight_decay, **settings},
+        {"params": [weight for weight in trained if weight.dim() <= 1], "weight_decay": 0.0, **settings},
     ]
 
 

@@ -36,7 +36,7 @@ from training.questions import every_answer, soft_scores
 from training.recipe import plan_batches
 from training.vlp_data import UNKNOWN_ANSWER
 from training.vlp_examples import Examples, join_examples, make_films, make_scenes
-from training.vlp_objective import MaskingPlan, mask_texts
+from training.vlp_objective import QUESTION_MASKING, MaskingPlan, mask_texts
 from training.vlp_phantoms import ALIKE_ANSWERS
 from training.vlp_publish import replace_folder
 from training.vlp_start import set_glorot
@@ -59,8 +59,6 @@ LOG_EVERY_STEPS = 25
 HELD_OUT = 200  # films and scenes each that score what is published
 # People write "Is there a nodule" as well as "is there a nodule?"; the phantoms' questions are all of the second kind.
 CAPITAL_SHARE, UNMARKED_SHARE = 0.5, 0.1
-# One question token is masked while answers are learned; the release found it helpful.
-QUESTION_MASKING = MaskingPlan(share=0.0, most=1, s2s=0.0)
 COMMAND = "python -m training.vlp --config training/configs/bundled_vlp.toml --out models/bundled/vlp"
 
 

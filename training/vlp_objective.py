@@ -32,6 +32,10 @@ class MaskingPlan:
     s2s: float = 0.75
 
 
+# One question token is masked while answers are learned, which the release found helpful.
+QUESTION_MASKING = MaskingPlan(share=0.0, most=1, s2s=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class MaskedTexts:
     """A batch of masked sequences: `ids`, `types` [N, L], `visible` [N, L, L], targets [N, P], `modes` of the rows."""
@@ -88,13 +92,14 @@ def masked_lm_loss(
 ) -> Tensor:
     """Loss of masked tokens: `logits` [N, P, V], `labels` and `weights` [N, P]; a scalar.
 
-    `drop_worst` leaves out that share of the samples, those with the greatest loss. `smoothing` > 0 spreads that share
+    `drop_worst` leaves out that share of the samples, those with the greatest loss; one is always left, where the
+    release would learn from none. `smoothing` > 0 spreads that share
     of each target over the vocabulary.
     """
     losses = token_losses(logits.float(), labels, smoothing) * weights
     samples, counts = losses.sum(dim=1), weights.sum(dim=1)
     if drop_worst > 0:
-        kept = samples.topk(int(len(samples) * (1 - drop_worst)), largest=False).indices
+        kept = samples.topk(max(1, int(len(samples) * (1 - drop_worst))), largest=False).indices
         samples, counts = samples[kept], counts[kept]
     return samples.sum() / (counts.sum() + TINY)
 

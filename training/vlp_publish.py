@@ -8,9 +8,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from models.checkpoint import MANIFEST_NAME
+from readroom.errors import BadCall
+
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Put what `fill` writes into an empty folder in the place of `folder`; if `fill` fails, nothing is changed."""
+    """Put what `fill` writes into an empty folder in the place of a checkpoint; if anything fails, it still stands.
+
+    Raises BadCall for a folder that is neither empty nor a checkpoint: somebody's files are in it.
+    """
+    refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     staged, old = (folder.with_name(f".{kind}-{folder.name}-{mark}") for kind in ("staged", "old"))
@@ -19,13 +26,29 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(staged)
         for entry in staged.iterdir():
             sync(entry)
-        if folder.exists():
-            folder.rename(old)
-        staged.rename(folder)
+        swap_folder(staged, folder, old)
         sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise BadCall unless a folder may be replaced: it does not exist, is empty, or holds a checkpoint."""
+    if folder.exists() and not (folder / MANIFEST_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadCall(f"{folder.name} holds other things than a checkpoint", "Name a new folder.")
+
+
+def swap_folder(staged: Path, folder: Path, old: Path) -> None:
+    """Move `staged` into the place of `folder`; what stood there goes when the new one stands."""
+    if folder.exists():
+        folder.rename(old)
+    try:
+        staged.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_folder(source: Path, folder: Path) -> None:

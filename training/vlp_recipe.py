@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -12,6 +13,7 @@ from readroom.errors import BadCall
 
 T = TypeVar("T")
 TASKS = ("caption", "vqa")
+PRECISIONS = ("float32", "bfloat16")
 CONFIGS = Path(__file__).parent / "configs"
 RECIPE_REMEDY = "training/configs/ holds recipes to start from."
 
@@ -160,7 +162,12 @@ def is_of_type(value: Any, wanted: Any, item: Field[Any]) -> bool:
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, tuple):
-        return isinstance(value, list) and all(isinstance(one, type(default[0])) for one in value)
+        return isinstance(value, list) and all(is_alike(one, default[0]) for one in value)
+    return is_alike(value, default)
+
+
+def is_alike(value: Any, default: Any) -> bool:
+    """Whether two values are of one type; whole numbers can stand for fractions."""
     return isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
 
 
@@ -181,9 +188,19 @@ def check_recipe(recipe: Recipe) -> Recipe:
         "[data] validation_examples": recipe.data.validation_examples,
         "[data] phantoms": recipe.data.phantoms,
         "[answers] least": recipe.answers.least,
+        "[objective] mask_most": recipe.objective.mask_most,
+    }
+    rates = {
+        "[optimiser] learning_rate": recipe.optimiser.learning_rate,
+        "[optimiser] eps": recipe.optimiser.eps,
     }
     wrong = [name for name, share in shares.items() if not 0 <= share <= 1]
     wrong += [name for name, count in counts.items() if count < 1]
+    wrong += [name for name, rate in rates.items() if not 0 < rate < math.inf]
+    wrong += ["[optimiser] backbone_rate"] if not 0 <= recipe.optimiser.backbone_rate < math.inf else []
+    wrong += ["[data] train"] if not recipe.data.train else []
+    wrong += ["precision"] if recipe.precision not in PRECISIONS else []
+    wrong += ["seed"] if recipe.seed < 0 else []
     wrong += ["[optimiser] warmup"] if recipe.optimiser.warmup == 0 else []
     wrong += ["[objective] drop_worst"] if recipe.objective.drop_worst == 1 else []
     wrong += ["[optimiser] betas"] if len(recipe.optimiser.betas) != 2 else []

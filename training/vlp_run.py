@@ -44,7 +44,7 @@ from training.vlp_data import (
     split_batch,
     split_samples,
 )
-from training.vlp_objective import DROP_WORST_AFTER, MaskingPlan
+from training.vlp_objective import DROP_WORST_AFTER, QUESTION_MASKING, MaskingPlan
 from training.vlp_phantoms import PhantomPictures
 from training.vlp_publish import copy_folder, replace_folder
 from training.vlp_recipe import Recipe
@@ -67,6 +67,8 @@ Tell = Callable[[str], None]
 LOG_EVERY_STEPS = 25
 METRICS_NAME, RECIPE_NAME, SKIPPED_NAME = "metrics.jsonl", "recipe.json", "skipped.jsonl"
 LAST, BEST = "last", "best"
+# Of questions when answers are scored.
+UNMASKED = MaskingPlan(share=0.0, most=0, s2s=0.0)
 # What a checkpoint of a task can do. Where it has the other head too, that one was not looked after.
 MANIFEST_TASKS = {"caption": "caption", "vqa": "answer"}
 
@@ -244,7 +246,9 @@ def check_epoch(run: Run, checks: TextSet) -> Losses:
 def iterate_lessons(run: Run, texts: TextSet, parts: list[Any], epoch: int, is_check: bool) -> Iterator[Lesson | None]:
     """The lesson of each part; None where no picture of it could be read."""
     goal, is_vqa = run.recipe.objective, run.recipe.task == "vqa"
-    masking = MaskingPlan(goal.mask_share, 0 if is_check and is_vqa else goal.mask_most, goal.s2s)
+    masking = MaskingPlan(goal.mask_share, goal.mask_most, goal.s2s)
+    if is_vqa:  # whatever the recipe says of captions: a worker reads questions both ways
+        masking = UNMASKED if is_check else QUESTION_MASKING
     config = run.start.model.config
     classes = config.num_answers if is_vqa else 0
     plan = LessonPlan(masking, config, run.start.tokenizer.special, classes, run.recipe.seed, epoch)

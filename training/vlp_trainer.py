@@ -184,10 +184,10 @@ def take_step(course: Course, lessons: Sequence[Lesson], step: int, objective: O
     share = linear_rate(step + 1, course.steps + 1, course.warmup)
     for group in course.optimiser.param_groups:
         group["lr"] = share * group["peak"]
+    course.optimiser.zero_grad(set_to_none=True)  # of a step that failed half way
     with translate_device_errors():
         found = [study_lesson(course, lesson, step, objective, len(lessons)) for lesson in lessons]
         course.optimiser.step()
-        course.optimiser.zero_grad(set_to_none=True)
     return mean_losses(found, [1] * len(found))
 
 

@@ -193,7 +193,9 @@ class Transform(nn.Module):
     def forward(self, hidden: Tensor, task: int) -> Tensor:
         """[..., H] to [..., H]; `task` picks the slice."""
         normed: Tensor = self.LayerNorm(functional.gelu(self.dense(hidden)))
-        return normed if self.slices == 1 else normed.view(*normed.shape[:-1], self.slices, -1)[..., task, :]
+        if self.slices == 1:
+            return normed
+        return normed.view(*hidden.shape[:-1], self.slices, hidden.shape[-1])[..., task, :]
 
 
 class Predictions(nn.Module):

@@ -12,9 +12,10 @@ import torch
 from models.base import run_answerer, run_captioner
 from models.checkpoint import resolve_checkpoint, verify_folder
 from models.load import load_answerer, load_captioner
-from readroom.errors import LossNotFinite
+from readroom.errors import BadCall, LossNotFinite
 from training import vlp
 from training.vlp_publish import replace_folder
+from training.vlp_recipe import CONFIGS, read_recipe
 
 CONFIG = Path(__file__).parents[2] / "training/configs/bundled_vlp.toml"
 
@@ -88,17 +89,29 @@ def test_published_folder_holds_the_weights_that_were_trained(config, monkeypatc
     assert all(torch.equal(loaded[name], tensor) for name, tensor in kept.items())
 
 
+def write_checkpoint(name):
+    def fill(staged):
+        (staged / name).write_text(name)
+        (staged / "manifest.json").write_text("{}")
+
+    return fill
+
+
+def list_names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_folder_is_replaced_whole(tmp_path):
     folder = tmp_path / "out" / "vlp"
-    replace_folder(folder, lambda staged: (staged / "old.txt").write_text("old"))
-    replace_folder(folder, lambda staged: (staged / "new.txt").write_text("new"))
-    assert [path.name for path in folder.iterdir()] == ["new.txt"]
-    assert [path.name for path in folder.parent.iterdir()] == ["vlp"]
+    replace_folder(folder, write_checkpoint("old.txt"))
+    replace_folder(folder, write_checkpoint("new.txt"))
+    assert list_names(folder) == ["manifest.json", "new.txt"]
+    assert list_names(folder.parent) == ["vlp"]
 
 
 def test_folder_stays_as_it_was_when_writing_the_new_one_fails(tmp_path):
     folder = tmp_path / "vlp"
-    replace_folder(folder, lambda staged: (staged / "old.txt").write_text("old"))
+    replace_folder(folder, write_checkpoint("old.txt"))
 
     def fail(staged):
         (staged / "half.txt").write_text("half")
@@ -106,5 +119,59 @@ def test_folder_stays_as_it_was_when_writing_the_new_one_fails(tmp_path):
 
     with pytest.raises(ValueError, match="full disk"):
         replace_folder(folder, fail)
-    assert [path.name for path in folder.iterdir()] == ["old.txt"]
-    assert [path.name for path in tmp_path.iterdir()] == ["vlp"]
+    assert list_names(folder) == ["manifest.json", "old.txt"]
+    assert list_names(tmp_path) == ["vlp"]
+
+
+def test_folder_stays_as_it_was_when_the_new_one_cannot_be_moved_there(tmp_path, monkeypatch):
+    folder = tmp_path / "vlp"
+    replace_folder(folder, write_checkpoint("old.txt"))
+    move = Path.rename
+
+    def refuse(path, target):
+        if path.name.startswith(".staged-"):
+            raise OSError("no space left on device")
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no space"):
+        replace_folder(folder, write_checkpoint("new.txt"))
+    assert list_names(folder) == ["manifest.json", "old.txt"]
+    assert list_names(tmp_path) == ["vlp"]
+
+
+def test_folder_with_other_peoples_files_is_not_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadCall, match="other things than a checkpoint"):
+        replace_folder(tmp_path / "thesis", write_checkpoint("new.txt"))
+    assert list_names(tmp_path / "thesis") == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("line", [
+    "epochs = 0", "seed = -1", "precision = 'int8'", "task = 'ocr'", "[objective]\nmask_most = 0",
+    "[objective]\ns2s = 1.5", "[optimiser]\nlearning_rate = -1.0", "[optimiser]\nlearning_rate = nan",
+    "[optimiser]\neps = 0", "[optimiser]\nbetas = [0.9]", "[data]\ntrain = []", "[optimiser]\nbatch_size = 0",
+])  # fmt: skip
+def test_recipe_that_cannot_be_trained_is_refused(tmp_path, line):
+    path = tmp_path / "recipe.toml"
+    path.write_text(line)
+    with pytest.raises(BadCall, match="out of range"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("vlp_*.toml")), ids=lambda path: path.stem)
+def test_recipes_that_come_along_can_be_read(path):
+    recipe = read_recipe(path)
+    assert recipe.optimiser.clip_norm == 1.0
+    assert recipe.objective.mask_most == 3
+    assert recipe.seed == 42
+
+
+def test_published_numbers_stand_in_the_recipes():
+    coco, vqa = read_recipe(CONFIGS / "vlp_coco.toml"), read_recipe(CONFIGS / "vlp_vqa.toml")
+    pretrain = read_recipe(CONFIGS / "vlp_pretrain.toml")
+    assert (coco.epochs, coco.optimiser.batch_size, coco.optimiser.learning_rate) == (30, 64 * 8, 3e-5)
+    assert (vqa.epochs, vqa.optimiser.batch_size, vqa.optimiser.learning_rate) == (20, 64 * 2, 2e-5)
+    assert (pretrain.optimiser.learning_rate, pretrain.objective.s2s) == (1e-4, 0.75)
+    assert (vqa.answers.most, vqa.answers.least, vqa.objective.s2s) == (3129, 9, 0.0)
