@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.vlp.layout import TASK_NUMBERS, SpecialIds, decode_types, prefix_ids
+from models.vlp.layout import TASK_NUMBERS, SpecialIds, decode_types, decode_visible, prefix_ids
 from models.vlp.network import LayerCache, SeenRegions, VlpModel
 from readroom.errors import BadCall
 
 FORBIDDEN = -10000.0  # the release's; hypotheses below half of it are no candidates of anything
 SMALLEST_NGRAM = 2
+MOST_BEAMS = 64  # each is another row of everything; nobody gains from more, and a manifest may say any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class SearchOptions:
         """Raise BadCall for what cannot be searched."""
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise BadCall("a search needs at least one beam and one token")
+        if self.num_beams > MOST_BEAMS:
+            raise BadCall(f"a search has at most {MOST_BEAMS} beams")
         if self.ngram_size < 0 or 0 < self.ngram_size < SMALLEST_NGRAM:
             raise BadCall(f"repeated n-grams are found from n = {SMALLEST_NGRAM} on")
 
@@ -81,9 +84,9 @@ class Searched:
 class Writer:
     """The incremental decoder: prefix once, then two positions a step for each slot, its last token and a fresh [MASK].
 
-    The K slots of a picture stand in one row, so that its prefix is kept once and read once. They differ in what they
-    see: `seen` [N, K, positions] tells which of the kept positions are a slot's past. To go on from another slot's text
-    changes that, and no key or value.
+    The K slots of a picture stand in one row, so that its prefix is kept once and read once. Who may look at whom is
+    `decode_visible`'s, with each text position's column K times; of those a slot sees its own past only: `seen`
+    [N, K, positions]. To go on from another slot's text changes that, and no key or value.
     """
 
     def __init__(self, model: VlpModel, regions: SeenRegions, special: SpecialIds, steps: int, slots: int) -> None:
@@ -96,28 +99,38 @@ class Writer:
         self.rows = len(regions.features)
         self.seen = torch.ones(self.rows, 1, self.prefix, dtype=torch.bool, device=model.device)
         self.caches = [self._make_cache(self.prefix + steps * slots) for _ in range(model.config.num_hidden_layers)]
+        plan = decode_visible(model.config, steps)
+        copies = torch.tensor([1] * self.prefix + [slots] * steps)
+        self.plan = plan.repeat_interleave(copies, dim=1).to(model.device)
+        self.first = self._drop_full(plan[self.prefix : self.prefix + 1, : self.prefix + 1])
         ids = torch.tensor([prefix_ids(model.config, special)], device=model.device).expand(self.rows, -1)
         types = self.types[: self.prefix].expand(self.rows, -1)
-        model.bert.encoder(model.embed(regions, ids, types), None, self.caches)
+        visible = self._drop_full(plan[: self.prefix, : self.prefix])
+        model.bert.encoder(model.embed(regions, ids, types), visible, self.caches)
         self._keep_seen()
 
     def start(self) -> Tensor:
         """LM logits [N, V] of the first token."""
         masks = torch.full((self.rows, 1), self.special.mask, device=self.model.device)
-        return self._read_masks(masks, torch.tensor([self.prefix], device=masks.device), None, 1)
+        return self._read_masks(masks, torch.tensor([self.prefix], device=masks.device), self.first, 1)
 
     def write(self, chosen: Tensor, parents: Tensor) -> Tensor:
         """LM logits [N * K, V] of the next token: slot k writes `chosen[:, k]` behind slot `parents[:, k]`'s text."""
         slots = chosen.shape[1]
         past = self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.seen.shape[2]))
         own = torch.eye(slots, dtype=torch.bool, device=chosen.device).expand(self.rows, -1, -1)
-        self.seen = torch.cat([past, own], dim=2)
+        mine = torch.cat([past, own, own], dim=2)  # the tokens just chosen, the [MASK]s behind them
+        self.seen = mine[:, :, :-slots]
         place = self.prefix + (self.seen.shape[2] - self.prefix) // slots  # of the [MASK]s
         positions = torch.arange(place - 1, place + 1, device=chosen.device).repeat_interleave(slots)
         ids = torch.cat([chosen, torch.full_like(chosen, self.special.mask)], dim=1)
-        masks_seen = torch.cat([torch.zeros_like(own), own], dim=1)  # a token does not see the [MASK] behind it
-        visible = torch.cat([self.seen.repeat(1, 2, 1), masks_seen], dim=2)
+        planned = self.plan[place - 1 : place + 1, : mine.shape[2]]
+        visible = (mine[:, None] & planned[:, None]).flatten(1, 2)
         return self._read_masks(ids, positions, visible[:, None], slots)
+
+    def _drop_full(self, visible: Tensor) -> Tensor | None:
+        """None for a mask that hides nothing: attention is faster without."""
+        return None if bool(visible.all()) else visible.to(self.model.device)
 
     def _read_masks(self, ids: Tensor, positions: Tensor, visible: Tensor | None, masks: int) -> Tensor:
         """LM logits of the [MASK]s, which are the last `masks` of `ids` [N, L]; what stands before them is kept."""
@@ -138,6 +151,39 @@ class Writer:
             cache.length = self.seen.shape[2]
 
 
+class Search:
+    """What a search of N pictures has found so far: a frame a step, and each picture's best finished score."""
+
+    def __init__(self, count: int, options: SearchOptions, end: int, device: torch.device) -> None:
+        self.count, self.options, self.end = count, options, end
+        self.scores: list[Tensor] = []
+        self.tokens: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.texts: list[list[int]] = [[] for _ in range(count)]
+        self.best = torch.full((count,), -torch.inf, device=device)
+
+    def add_frame(self, logits: Tensor) -> None:
+        """Choose the K best of what `logits` [rows, V] let each slot go on with."""
+        options, end, step = self.options, self.end, len(self.tokens)
+        steps = torch.log_softmax(logits, dim=-1)
+        forbid_tokens(steps, self.texts, step, options, end)
+        scores, tokens, parents = rank_slots(steps, self.scores, self.tokens, self.count, options.num_beams, end)
+        self.scores.append(scores)
+        self.tokens.append(tokens)
+        self.parents.append(parents)
+        self.best = torch.maximum(self.best, best_finished(scores, tokens, step, options, end))
+        if options.ngram_size:
+            self.texts = extend_texts(self.texts, tokens, parents, len(self.texts) // self.count)
+
+    def is_settled(self) -> bool:
+        """Whether further frames change no caption."""
+        return is_settled(self.scores[-1], self.tokens[-1], self.best, self.options, self.end)
+
+    def collect(self) -> Frames:
+        """All frames."""
+        return Frames(torch.stack(self.scores, 1), torch.stack(self.tokens, 1), torch.stack(self.parents, 1))
+
+
 def search_captions(
     model: VlpModel,
     regions: SeenRegions,
@@ -146,31 +192,23 @@ def search_captions(
     whole: bool = False,
     keep_logits: bool = False,
 ) -> Searched:
-    """Captions of N pictures. `whole` runs to the greatest length as the release does; the captions are the same."""
-    count, beams = len(regions.features), options.num_beams
-    writer = Writer(model, regions, special, options.max_new_tokens, beams)
-    scores: list[Tensor] = []
-    tokens: list[Tensor] = []
-    parents: list[Tensor] = []
+    """Captions of N pictures. `whole` runs to the greatest length as the release does; the captions are the same.
+
+    Raises BadCall for more beams than the vocabulary has words, or more tokens than the model has positions.
+    """
+    if options.num_beams > model.config.vocab_size:
+        raise BadCall("a search has at most as many beams as the vocabulary has words")
+    writer = Writer(model, regions, special, options.max_new_tokens, options.num_beams)
+    search = Search(len(regions.features), options, special.end, model.device)
     kept: list[Tensor] = []
-    texts: list[list[int]] = [[] for _ in range(count)]
-    best = torch.full((count,), -torch.inf, device=model.device)
     for step in range(options.max_new_tokens):
-        logits = writer.write(tokens[-1], parents[-1]) if step else writer.start()
+        logits = writer.write(search.tokens[-1], search.parents[-1]) if step else writer.start()
         if keep_logits:
             kept.append(logits)
-        steps = torch.log_softmax(logits, dim=-1)
-        forbid_tokens(steps, texts, step, options, special.end)
-        ranked = rank_slots(steps, scores, tokens, count, beams, special.end)
-        scores.append(ranked[0])
-        tokens.append(ranked[1])
-        parents.append(ranked[2])
-        best = torch.maximum(best, best_finished(ranked[0], ranked[1], step, options, special.end))
-        if not whole and is_settled(ranked[0], ranked[1], best, options, special.end):
+        search.add_frame(logits)
+        if not whole and search.is_settled():
             break
-        if options.ngram_size:
-            texts = extend_texts(texts, ranked[1], ranked[2], len(texts) // count)
-    frames = Frames(torch.stack(scores, 1), torch.stack(tokens, 1), torch.stack(parents, 1))
+    frames = search.collect()
     found, totals = trace_best(frames, options.length_bonus, special.end)
     return Searched(found, totals, frames, tuple(kept))
 

@@ -16,6 +16,7 @@ from models.vlp.config import VlpConfig
 from models.vlp.decoding import Frames, Searched, SearchOptions, search_captions, trace_back, trace_best
 from models.vlp.layout import TASK_NUMBERS, Mode, SpecialIds, decode_types, decode_visible, lay_out, prefix_ids
 from models.vlp.network import SeenRegions, VlpModel
+from readroom.errors import BadCall
 from tests.vlp_oracle import SAFE_MARGIN, Found, Rules, Slot, search_beams, select_best
 
 SPECIAL = SpecialIds(unknown=3, start=1, end=2, mask=4)
@@ -150,6 +151,64 @@ def test_cached_decoding_equals_a_whole_forward_for_each_token(sizes: str, beams
             torch.testing.assert_close(logits[row], expected, atol=5e-5, rtol=1e-4)
             compared += 1
     assert compared == 3 + 3 * beams * 7
+
+
+def blind_to_region(seen: Tensor, prefix: int) -> None:
+    seen[:prefix, 1] = False
+
+
+def blind_first_mask(seen: Tensor, prefix: int) -> None:
+    seen[prefix, 1] = False
+
+
+def token_sees_mask(seen: Tensor, prefix: int) -> None:
+    seen[prefix, prefix + 1] = True
+
+
+def mask_misses_token(seen: Tensor, prefix: int) -> None:
+    seen[prefix + 2, prefix + 1] = False
+
+
+@pytest.mark.parametrize(
+    ("spoil", "step"), [(blind_to_region, 0), (blind_first_mask, 0), (token_sees_mask, 1), (mask_misses_token, 2)]
+)
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_a_caption_is_written_by_the_mask_that_is_planned(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor, int], None], step: int, beams: int
+) -> None:
+    """A change of `decode_visible` changes the logits from the step on that it touches."""
+
+    def spoilt(config: VlpConfig, steps: int) -> Tensor:
+        seen = decode_visible(config, steps)
+        spoil(seen, config.prefix_length)
+        return seen
+
+    config = make_config()
+    model, regions = make_model(config, 3), make_regions(config, 2)
+    options = SearchOptions(beams, 8, min_new_tokens=8)
+    right = search_captions(model, regions, SPECIAL, options, whole=True, keep_logits=True)
+    monkeypatch.setattr(decoding, "decode_visible", spoilt)
+    wrong = search_captions(model, regions, SPECIAL, options, whole=True, keep_logits=True)
+    pairs = zip(right.logits, wrong.logits, strict=True)
+    changed = [float((one - other).abs().max()) > 1e-3 for one, other in pairs]
+    assert changed[: step + 1] == [False] * step + [True]
+
+
+def test_more_beams_than_there_are_words_are_refused() -> None:
+    config = make_config()
+    model, regions = make_model(config, 0), make_regions(config, 2)
+    with pytest.raises(BadCall, match="as many beams as the vocabulary has words"):
+        search_captions(model, regions, SPECIAL, SearchOptions(config.vocab_size + 1, 4))
+    found = search_captions(model, regions, SPECIAL, SearchOptions(config.vocab_size, 4))
+    assert all(found.tokens)
+
+
+def test_a_search_has_a_greatest_number_of_beams() -> None:
+    assert SearchOptions(64).num_beams == 64
+    for beams in (65, 10**9):
+        with pytest.raises(BadCall, match="at most 64 beams"):
+            SearchOptions(beams)
 
 
 def read_slot(found: Searched, picture: int, frame: int, slot: int) -> list[int]:
