@@ -5,7 +5,10 @@
     one file of boxes       image id -> x1, y1, x2, y2, class index, confidence [100, 6]
 
 Flickr30k's features and classes are `<id>.npy` and `<id>_cls_prob.npy` instead. An image id is the name of the image's
-file without folder and extension. Such a file is foreign input: it may lie about sizes, or be a door to other files.
+file without folder and extension, so ids must be unique below one region folder: two files called IMG0001, in whatever
+folders, are given the same regions. A file is one picture; its frames would share its id, and are refused.
+
+Such a file is foreign input: it may lie about sizes, or be a door to other files.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +55,13 @@ MAX_OPEN_FILES = 32
 # An array of 100 x 2048 float64 is 1.6 MB; a chunk is unpacked whole, and may be far larger than its array.
 MAX_CHUNK_BYTES = 64 * 2**20
 NPY_HEADER_BYTES = 64 * 1024
+# Fletcher32's, behind what it is computed of. Deflate makes noise a little longer than it was.
+CHECKSUM_BYTES = 4
+DEFLATE_SLACK = 64
+# Pixels, on both sides of what a detector gives: boxes reach a little over a picture's edge. A float32 still has the
+# hundredths of a pixel of the largest, and no product of two such numbers is infinite.
+LEAST_PLACE, LARGEST = -1e4, 1e6
+SURE = 1 + 1e-3  # a confidence that went through float16
 EXTRACT_REMEDY = "Extract the regions of this image again, or leave it out."
 
 
@@ -102,7 +113,7 @@ class RegionReader:
         self.files = OpenFiles(max_open)
 
     def read(self, ref: ImageRef) -> RegionArrays:
-        """The regions of an image. Raises ImageError naming the image and the array: missing, corrupt, too_large."""
+        """The regions of an image. Raises ImageError naming the image, and the array if it is its fault."""
         image_id = read_image_id(ref)
         return RegionArrays(
             features=self._read_part(image_id, "features", self.spec.feature_dim),
@@ -149,12 +160,26 @@ class Wanted:
             raise self.fail(Reason.CORRUPT, "no floating point numbers")
 
     def convert(self, values: NDArray[Any]) -> Floats32:
-        """The values as float32. Raises ImageError when one is infinite or not a number."""
+        """The values as float32. Raises ImageError when one is infinite, not a number, or nothing a detector says."""
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(values, dtype=np.float32)
         if not np.isfinite(numbers).all():
             raise self.fail(Reason.CORRUPT, "a number in it is infinite or not a number")
+        if np.abs(numbers).max() >= LARGEST:
+            raise self.fail(Reason.CORRUPT, f"a number in it is not below {LARGEST:.0f}")
+        if self.array == "boxes":
+            self._check_boxes(numbers)
         return numbers
+
+    def _check_boxes(self, boxes: Floats32) -> None:
+        """Raise ImageError for boxes (R, 6) that lie in no picture: a picture's size is taken from their maxima."""
+        corners, confidence = boxes[:, :4], boxes[:, 5]
+        if corners.min() < LEAST_PLACE:
+            raise self.fail(Reason.CORRUPT, f"a corner lies below {LEAST_PLACE:.0f} pixels")
+        if corners[:, ::2].max() <= 0 or corners[:, 1::2].max() <= 0:
+            raise self.fail(Reason.CORRUPT, "no box reaches into the picture")
+        if confidence.min() < 0 or confidence.max() > SURE:
+            raise self.fail(Reason.CORRUPT, "a confidence is not between 0 and 1")
 
 
 class OpenFiles:
@@ -210,13 +235,16 @@ def open_precomputed(spec: RegionSpec, device: torch.device, region_dir: Path | 
 
 
 def read_image_id(ref: ImageRef) -> str:
-    """The image's file name without folder and extension. Raises ImageError unless it is a plain name.
+    """The image's file name without folder and extension. Raises ImageError unless it is a plain name of one picture.
 
     HDF5 and the file system both read meaning into slashes and dots, and a name out of an archive may hold anything.
     """
     image_id = PurePosixPath(ref.member or ref.path).stem
     if not image_id.strip(".") or len(image_id) > 200 or not image_id.isprintable() or set(image_id) & set("/\\"):
         raise ImageError(Reason.UNSAFE_PATH, "its file's name cannot be an image id", "Rename the file.")
+    if ref.frame:
+        what = f"regions of {image_id}: they belong to a file, and frame {ref.frame} of it has none of its own"
+        raise ImageError(Reason.MULTI_FRAME, what, "Keep one picture a file.")
     return image_id
 
 
@@ -237,11 +265,64 @@ def take_dataset(file: Any, wanted: Wanted) -> NDArray[Any]:
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         raise wanted.fail(Reason.CORRUPT, "no array of the file itself")
     wanted.check_kind(dataset.shape, dataset.dtype)
-    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
-        raise wanted.fail(Reason.TOO_LARGE, f"chunks larger than {MAX_CHUNK_BYTES} bytes")
     if not dataset.id.get_storage_size():
         raise wanted.fail(Reason.CORRUPT, "it was never written")
+    if dataset.chunks:
+        check_chunks(dataset, wanted)
     return dataset[()]  # type: ignore[no-any-return]
+
+
+def check_chunks(dataset: Any, wanted: Wanted) -> None:
+    """Raise ImageError unless each chunk is, unpacked, as large as the file says.
+
+    HDF5 unpacks whatever a chunk's stream holds: a megabyte of it may be a gigabyte, and too few bytes it reads past.
+    """
+    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if size > MAX_CHUNK_BYTES:
+        raise wanted.fail(Reason.TOO_LARGE, f"chunks larger than {MAX_CHUNK_BYTES} bytes")
+    filters = read_filters(dataset, wanted)
+    needed = math.prod(-(-length // side) for length, side in zip(dataset.shape, dataset.chunks, strict=True))
+    if dataset.id.get_num_chunks() > needed:
+        raise wanted.fail(Reason.CORRUPT, "it has more chunks than its shape")
+    chunks: list[Any] = []
+    dataset.id.chunk_iter(chunks.append)
+    most = size + size // 100 + DEFLATE_SLACK if h5py.h5z.FILTER_DEFLATE in filters else size + CHECKSUM_BYTES
+    for chunk in chunks:
+        if chunk.filter_mask:
+            raise wanted.fail(Reason.CORRUPT, "a chunk was not packed like the others")
+        if chunk.size > most:
+            raise wanted.fail(Reason.TOO_LARGE, f"a chunk of {size} bytes takes more than {most}")
+        check_chunk(dataset, chunk, size, filters, wanted)
+
+
+def read_filters(dataset: Any, wanted: Wanted) -> list[int]:
+    """What a chunk goes through when it is written. Raises ImageError unless it is shuffle, gzip and a checksum.
+
+    Each at most once, and nothing but the checksum behind gzip: so that what is stored begins with gzip's own stream.
+    """
+    settings = dataset.id.get_create_plist()
+    filters = [settings.get_filter(index)[0] for index in range(settings.get_nfilters())]
+    deflate, checksum = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32
+    known = set(filters) <= {deflate, checksum, h5py.h5z.FILTER_SHUFFLE} and len(set(filters)) == len(filters)
+    if not known or (deflate in filters and filters[filters.index(deflate) + 1 :] not in ([], [checksum])):
+        raise wanted.fail(Reason.CORRUPT, "it is packed otherwise than by gzip", "Pack it by gzip, or not at all.")
+    return filters
+
+
+def check_chunk(dataset: Any, chunk: Any, size: int, filters: list[int], wanted: Wanted) -> None:
+    """Raise ImageError unless a chunk is unpacked to `size` bytes; never unpacks more than one byte beyond."""
+    found, expected = chunk.size, size
+    if h5py.h5z.FILTER_FLETCHER32 in filters:
+        expected += CHECKSUM_BYTES
+    if h5py.h5z.FILTER_DEFLATE in filters:
+        if filters[-1] == h5py.h5z.FILTER_FLETCHER32:
+            expected = size  # the checksum is of what gzip made, behind its stream
+        _, stored = dataset.id.read_direct_chunk(chunk.chunk_offset)
+        found = len(zlib.decompressobj().decompress(stored, expected + 1))
+    if found > expected:
+        raise wanted.fail(Reason.TOO_LARGE, f"a chunk is more than the {expected} bytes it should be")
+    if found < expected:
+        raise wanted.fail(Reason.CORRUPT, f"a chunk is less than the {expected} bytes it should be")
 
 
 def read_npy(path: Path, wanted: Wanted) -> Floats32:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,13 +129,13 @@ def test_other_sizes_are_read_where_the_spec_names_them(tmp_path: Path) -> None:
         with h5py.File(path, "w") as file:  # big-endian float64, packed and resizable
             file.create_dataset(
                 FIRST,
-                data=np.arange(np.prod(shape)).reshape(shape),
+                data=np.arange(np.prod(shape)).reshape(shape) / 64,
                 dtype=">f8",
                 compression="gzip",
                 maxshape=(None, 9),
             )
     arrays = RegionReader(RegionSpec("precomputed", 7, 5, 3), tmp_path).read(ref_of(FIRST))
-    assert arrays.features.dtype == np.float32 and arrays.features[6, 4] == 34 and arrays.boxes.shape == (7, 6)
+    assert arrays.features.dtype == np.float32 and arrays.features[6, 4] == 34 / 64 and arrays.boxes.shape == (7, 6)
 
 
 def test_an_entry_of_an_archive_is_found_by_its_own_name(written: Path) -> None:
@@ -210,6 +213,203 @@ def test_a_chunk_larger_than_its_array_is_refused_before_it_is_unpacked(root: Pa
     )
     error = fail_reading(root)
     assert error.reason == Reason.TOO_LARGE and FIRST in error.detail
+
+
+# How a file may be packed, and what it may not hold then -------------------------------------------------------------
+
+PACKINGS: dict[str, dict[str, Any]] = {
+    "not at all": {},
+    "chunks": {"chunks": (7, 100)},
+    "gzip": {"compression": "gzip"},
+    "gzip in chunks": {"compression": "gzip", "chunks": (33, 2048), "compression_opts": 0},
+    "all": {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (100, 64)},
+    "a checksum": {"fletcher32": True},
+    "shuffled": {"shuffle": True},
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_arrays_are_read_back(root: Path, packing: str) -> None:
+    values = draw_arrays(FIRST)["feat"]
+    replace_dataset(place_of(root, "feat"), data=values, **PACKINGS[packing])
+    with RegionReaderOpen(root) as reader:
+        np.testing.assert_array_equal(reader.read(ref_of(FIRST)).features, values.astype(np.float32))
+
+
+def pack_checksum_first(path: Path, values: np.ndarray) -> None:
+    """The checksum is made of the plain chunk and packed with it; h5py's own way is the other one."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk(values.shape)
+    settings.set_fletcher32()
+    settings.set_deflate(4)
+    with h5py.File(path, "a") as file:
+        del file[FIRST]
+        kind, space = h5py.h5t.py_create(values.dtype), h5py.h5s.create_simple(values.shape)
+        h5py.h5d.create(file.id, FIRST.encode(), kind, space, settings).write(space, space, values)
+
+
+def test_a_checksum_below_the_packing_is_read_back(root: Path) -> None:
+    values = draw_arrays(FIRST)["feat"]
+    pack_checksum_first(place_of(root, "feat"), values)
+    with RegionReaderOpen(root) as reader:
+        np.testing.assert_array_equal(reader.read(ref_of(FIRST)).features, values.astype(np.float32))
+
+
+CHUNK = 100 * 2048 * 4
+
+
+def write_chunk(path: Path, stored: bytes, mask: int = 0, **made: Any) -> None:
+    """One chunk whose stored bytes are anybody's."""
+    replace_dataset(path, shape=(100, 2048), dtype="f4", chunks=(100, 2048), **made)
+    with h5py.File(path, "a") as file:
+        file[FIRST].id.write_direct_chunk((0, 0), stored, mask)
+
+
+@pytest.fixture(scope="module")
+def bomb() -> bytes:
+    """Half a gigabyte of nothing in fewer bytes than an honest chunk may take."""
+    packer, piece = zlib.compressobj(), b"\0" * 2**20
+    stored = b"".join(packer.compress(piece) for _ in range(512)) + packer.flush()
+    assert len(stored) < CHUNK
+    return stored
+
+
+READ_AND_MEASURE = """
+import resource, sys
+from pathlib import Path
+from models.vlp.precomputed import RegionReader
+from models.vlp.regions import RegionSpec
+from readroom.errors import ImageError
+from readroom.records import ImageRef
+reader = RegionReader(RegionSpec("precomputed", 100, 2048, 1601), Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    reader.read(ImageRef(sys.argv[2]))
+except ImageError as error:
+    print(error.reason, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_a_chunk_that_unpacks_to_half_a_gigabyte_is_never_unpacked(root: Path, bomb: bytes) -> None:
+    write_chunk(place_of(root, "feat"), bomb, compression="gzip")
+    # in a process of its own: the most that it ever took is measured
+    command = [sys.executable, "-c", READ_AND_MEASURE, str(root), f"{FIRST}.jpg"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    reason, mebibytes = done.stdout.split()
+    assert reason == Reason.TOO_LARGE and int(mebibytes) < 64
+    assert fail_reading(root).detail == f"features of {FIRST}: a chunk is more than the {CHUNK} bytes it should be"
+
+
+GZIP = {"compression": "gzip"}
+WRONG_CHUNKS: dict[str, tuple[bytes, int, dict[str, Any], Reason, str]] = {
+    "a byte too many": (
+        zlib.compress(b"\0" * (CHUNK + 1)),
+        0,
+        {"compression": "gzip"},
+        Reason.TOO_LARGE,
+        "is more than",
+    ),
+    "a byte too few": (zlib.compress(b"\0" * (CHUNK - 1)), 0, GZIP, Reason.CORRUPT, "is less than"),
+    "stored too long": (b"\0" * (CHUNK * 2), 0, GZIP, Reason.TOO_LARGE, "takes more than"),
+    "unpacked": (b"\0" * CHUNK, 1, GZIP, Reason.CORRUPT, "not packed like the others"),
+    "shuffled, short": (b"\0" * 100, 0, {"shuffle": True}, Reason.CORRUPT, "is less than"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CHUNKS)
+def test_a_chunk_that_is_not_as_large_as_it_says_names_the_image(root: Path, case: str) -> None:
+    stored, mask, made, reason, words = WRONG_CHUNKS[case]
+    write_chunk(place_of(root, "feat"), stored, mask, **made)
+    error = fail_reading(root)
+    assert error.reason == reason and error.detail.startswith(f"features of {FIRST}: ") and words in error.detail
+
+
+@pytest.mark.parametrize("compression", ["lzf", "gzip twice", "shuffled last", "scaled"])
+def test_an_array_packed_in_another_way_is_refused(root: Path, compression: str) -> None:
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk((100, 2048))
+    if compression == "lzf":
+        settings.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
+    elif compression == "scaled":
+        settings.set_scaleoffset(h5py.h5z.SO_FLOAT_DSCALE, 3)
+    else:
+        settings.set_deflate(4)
+        settings.set_deflate(4) if compression == "gzip twice" else settings.set_shuffle()
+    with h5py.File(place_of(root, "feat"), "a") as file:
+        del file[FIRST]
+        space = h5py.h5s.create_simple((100, 2048))
+        made = h5py.h5d.create(file.id, FIRST.encode(), h5py.h5t.NATIVE_FLOAT, space, settings)
+        made.write(space, space, np.ones((100, 2048), np.float32))
+    error = fail_reading(root)
+    assert error.reason == Reason.CORRUPT
+    assert error.detail == f"features of {FIRST}: it is packed otherwise than by gzip" and error.remedy
+
+
+# Numbers that no detector gives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        (2, 3e38, "not below 1000000"),
+        (1, 1e6, "not below 1000000"),
+        (4, -3e38, "not below 1000000"),
+        (5, 3e38, "not below 1000000"),
+        (0, -10_001, "a corner lies below -10000 pixels"),
+        (5, -0.1, "a confidence is not between 0 and 1"),
+        (5, 1.01, "a confidence is not between 0 and 1"),
+    ],
+)
+def test_a_box_that_no_detector_gives_names_the_image(root: Path, column: int, value: float, words: str) -> None:
+    with h5py.File(place_of(root, "boxes"), "a") as file:
+        file[FIRST][50, column] = value
+    error = fail_reading(root)
+    assert error.reason == Reason.CORRUPT and error.detail.startswith(f"boxes of {FIRST}: ") and words in error.detail
+
+
+@pytest.mark.parametrize("columns", [[0, 2], [1, 3]])
+@pytest.mark.parametrize("value", [-1e-5, 0.0])
+def test_boxes_that_all_lie_outside_the_picture_name_the_image(root: Path, columns: list[int], value: float) -> None:
+    with h5py.File(place_of(root, "boxes"), "a") as file:
+        boxes = file[FIRST][()]
+        boxes[:, columns] = value
+        file[FIRST][...] = boxes
+    error = fail_reading(root)
+    assert error.reason == Reason.CORRUPT and error.detail == f"boxes of {FIRST}: no box reaches into the picture"
+
+
+def test_boxes_a_little_over_the_edge_and_quite_sure_get_finite_places(root: Path) -> None:
+    with h5py.File(place_of(root, "boxes"), "a") as file:
+        file[FIRST][0] = [-3.5, -9_999, 640.5, 999_999, 7, 1.0005]
+    with RegionReaderOpen(root) as reader:
+        arrays = reader.read(ref_of(FIRST))
+    assert arrays.boxes[0, 3] == 999_999
+    places = locate_regions(torch.tensor(arrays.boxes)[None], torch.tensor(arrays.classes)[None])
+    assert places.isfinite().all()
+
+
+@pytest.mark.parametrize("array", ["feat", "cls"])
+def test_a_feature_of_a_million_names_the_image(root: Path, array: str) -> None:
+    values = draw_arrays(FIRST)[array].astype(np.float32)
+    values[9, 9] = -1e6
+    replace_dataset(place_of(root, array), data=values)
+    error = fail_reading(root)
+    assert error.reason == Reason.CORRUPT
+    assert error.detail == f"{NAMES[array]} of {FIRST}: a number in it is not below 1000000"
+
+
+@pytest.mark.parametrize("member", [None, f"val2014/{FIRST}.jpg"])
+def test_a_later_frame_of_a_file_is_not_given_the_regions_of_the_first(written: Path, member: str | None) -> None:
+    with RegionReaderOpen(written) as reader:
+        path = f"/pictures/{FIRST}.dcm" if member is None else "/pictures/val2014.zip"
+        assert reader.read(ImageRef(path, frame=0, member=member)).features.shape == (100, 2048)
+        with pytest.raises(ImageError) as caught:
+            reader.read(ImageRef(path, frame=1, member=member))
+    assert caught.value.reason == Reason.MULTI_FRAME and FIRST in caught.value.detail
+    assert caught.value.remedy == "Keep one picture a file."
+
+
+# Numbers that are none, and what is no array -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
