@@ -34,6 +34,9 @@ DEFAULT_PROFILE = "dicom_voi_v1"
 # The normalisation of CLIP, which BLIP was trained with (github.com/salesforce/BLIP, data/__init__.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What a foreign mean or standard deviation may be, shades as parts of white.
+MAX_SHADE = 1e6
+MIN_DEVIATION = 1e-6
 # BLIP's configs/caption_coco.yaml: 3 beams, prompt "a picture of ", 5 to 20 tokens. Its lengths count the start token
 # and the prompt's three, ours count new tokens: 20 - 4 = 16 and 5 - 4 = 1.
 BLIP_CAPTION = GenerationSettings(num_beams=3, max_new_tokens=16, min_new_tokens=1, prompt="a picture of ")
@@ -352,6 +355,17 @@ def publish_files(root: Path, digest: str, fill: Callable[[Path], None]) -> Path
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def is_triple(key: str, value: Any) -> bool:
+    """Whether these can be a picture's `mean` or `std`: three finite numbers that float32 can hold and divide by."""
+    # Compared before they are turned into floats: an integer of a foreign document may have hundreds of digits.
+    least = -MAX_SHADE if key == "mean" else MIN_DEVIATION
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and least <= v < MAX_SHADE for v in value)
+    )
+
+
 def digest_files(hashes: Mapping[str, str]) -> str:
     """The digest of a checkpoint: SHA-256 over the canonical JSON of `{file name: sha256}`."""
     return digest_json(dict(hashes))
@@ -510,9 +524,8 @@ def _check_entry(name: str, entry: Any) -> FileEntry:
     return FileEntry(entry["sha256"], entry["bytes"])
 
 
-def _check_triple(key: str, value: Any) -> tuple[float, float, float]:
-    numbers = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
-    _require(key, value, numbers and (key == "mean" or all(v > 0 for v in value)))
+def _check_triple(key: str, value: Any) -> Floats:
+    _require(key, value, is_triple(key, value))
     return float(value[0]), float(value[1]), float(value[2])
 
 

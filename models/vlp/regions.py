@@ -9,7 +9,6 @@ Which one belongs to a checkpoint stands in its RegionSpec, and it never runs wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -20,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from models.base import ItemReader, Picture
-from models.checkpoint import CLIP_MEAN, CLIP_STD, Floats
+from models.checkpoint import CLIP_MEAN, CLIP_STD, Floats, is_triple
 from readroom.errors import CheckpointBroken, CheckpointMissing
 
 PROVIDERS = ("precomputed", "detector", "grid")
 # Of a spec, which is foreign input: far above any detector's, low enough that no size made of them fills a memory.
 MAX_REGIONS = 4096
 MAX_WIDTH = 65_536
-MAX_IMAGE_SIZE = 8192
+# Pixels. A backbone's work grows with its square at least, and the checkpoint's network is tried at this size.
+MAX_IMAGE_SIZE = 2048
 # What a precomputed spec may name: the data set whose names are the defaults, its shards' prefix, its box file.
 LAYOUT_KEYS = frozenset({"dataset", "prefix", "boxes"})
 DATASETS = ("coco", "cc", "flickr30k")
@@ -173,10 +173,7 @@ def _check_field(name: str, value: Any) -> Any:
 
 
 def _check_floats(name: str, value: Any) -> Floats:
-    _require(name, isinstance(value, list | tuple) and len(value) == 3)
-    for number in value:
-        _require(name, isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number))
-        _require(name, name == "mean" or number > 0)
+    _require(name, is_triple(name, value))
     return float(value[0]), float(value[1]), float(value[2])
 
 
@@ -198,4 +195,4 @@ def _check_together(spec: RegionSpec) -> None:
 
 def _require(name: str, sound: bool) -> None:
     if not sound:
-        raise CheckpointBroken(f"regions: {name} is not usable")
+        raise CheckpointBroken(f"regions: {name} is not usable", "Correct config.json or fetch the checkpoint again.")
