@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from readroom.errors import BadCall
 from training.intervals import Numbers, Tally, divide_sums
 from training.questions import soft_scores
 
@@ -29,6 +30,8 @@ CIDER_SIGMA = 6.0  # words by which lengths may differ, as a standard deviation
 CIDER_SCALE = 10.0
 WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 
+NO_REFERENCE = "a caption is scored against one reference at least"
+
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -42,8 +45,11 @@ def split_words(text: str) -> list[str]:
 def tally_captions(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Tally]:
     """`bleu_1` to `bleu_4`, `rouge_l` and `cider` of captions, each against all of its image's references.
 
-    CIDEr's rarity of words is that of all references here, also when images are resampled.
+    CIDEr's rarity of words is that of all references here, also when images are resampled. Raises BadCall for a caption
+    without a reference.
     """
+    if not all(references):
+        raise BadCall(NO_REFERENCE)
     said = [split_words(text) for text in texts]
     wanted = [[split_words(text) for text in known] for known in references]
     pairs = list(zip(said, wanted, strict=True))
@@ -98,7 +104,12 @@ def combine_bleu(longest: int, sums: Numbers) -> Numbers:
 
 
 def score_rouge(words: Words, references: Sequence[Words]) -> float:
-    """The F measure of the longest common subsequence; precision and recall each from the reference that suits best."""
+    """The F measure of the longest common subsequence; precision and recall each from the reference that suits best.
+
+    Raises BadCall without a reference.
+    """
+    if not references:
+        raise BadCall(NO_REFERENCE)
     common = [(measure_common(words, reference), len(reference)) for reference in references]
     precision = max(length for length, _ in common) / max(1, len(words))
     recall = max(length / max(1, size) for length, size in common)

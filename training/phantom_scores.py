@@ -91,12 +91,6 @@ def score_films(truths: Sequence[str], captions: Sequence[str]) -> dict[str, flo
     return {"films": float(tallies["hallucination"].n)} | {name: tally.value for name, tally in tallies.items()}
 
 
-def score_scenes(truths: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
-    """`tally_scenes` as plain numbers, and `scenes`, their number."""
-    values = {name: tally.value for name, tally in tally_scenes(truths, captions).items()}
-    return {"scenes": float(len(truths))} | values
-
-
 def tally_films(truths: Sequence[str], captions: Sequence[str]) -> dict[str, Tally]:
     """Agreement of captions with the exact truth on frontal films; `view` and `whole_caption` on lateral ones too.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.metrics import normalise_answer, score_answer, split_words, tally_captions
+from readroom.errors import BadCall
+from training.metrics import normalise_answer, score_answer, score_rouge, split_words, tally_captions
 
 CAPTIONS = [
     "A man rides a bike.",
@@ -54,6 +55,13 @@ def test_empty_caption_scores_nothing_and_does_not_fail():
     scores = exact(["", "a bus"], [("a dog",), ("a bus",)])
     assert scores["rouge_l"] == pytest.approx(0.5)
     assert 0 < scores["bleu_1"] < 0.5
+
+
+def test_caption_without_a_reference_is_a_bad_call():
+    with pytest.raises(BadCall, match="one reference at least"):
+        score_rouge(["a", "dog"], [])
+    with pytest.raises(BadCall, match="one reference at least"):
+        tally_captions(["a dog", "a bus"], [("a dog",), ()])
 
 
 def test_words_are_lower_case_without_marks_and_keep_inner_hyphens():

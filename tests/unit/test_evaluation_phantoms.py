@@ -25,14 +25,18 @@ from training.phantom_scores import (
     parse_finding,
     parse_size,
     parse_things,
-    score_films,
     score_phantoms,
-    score_scenes,
     tidy_text,
 )
 from training.predictions import Item, Prediction
 
 NORMAL = "frontal chest radiograph. normal heart size. no pleural effusion."
+
+
+def score_said(group, truths, captions):
+    rows = enumerate(zip(truths, captions, strict=True))
+    said = [Prediction(f"{group}:{row}", f"{group}:{row}", group, "", (truth,), text) for row, (truth, text) in rows]
+    return {name: score.value for name, score in score_phantoms(said).items()} | count_phantoms(said)
 
 
 # Captions ------------------------------------------------------------------------------------------------------------
@@ -63,30 +67,30 @@ def test_blanks_around_marks_and_capitals_change_no_score():
     truths = [NORMAL, "lateral chest radiograph.", NORMAL.replace("no", "small left") + " sternal wires."]
     apart = [truth.replace(".", " .").capitalize() for truth in truths]
     assert tidy_text(apart[0]) == truths[0]
-    assert score_films(truths, apart) == score_films(truths, truths)
-    assert score_films(truths, apart)["whole_caption"] == 1.0
+    assert score_said("film", truths, apart) == score_said("film", truths, truths)
+    assert score_said("film", truths, apart)["whole_caption"] == 1.0
 
 
 def test_scores_punish_the_wrong_side():
     truths = ["frontal chest radiograph. cardiomegaly. small left pleural effusion."] * 2
-    scores = score_films(truths, [truths[0], truths[0].replace("left", "right")])
+    scores = score_said("film", truths, [truths[0], truths[0].replace("left", "right")])
     assert scores["effusion_side"] == 0.5
     assert scores["cardiomegaly"] == 1.0
     assert scores["effusion_f1"] == 0.5
 
 
 def test_scores_count_a_thing_that_is_not_there_as_hallucinated():
-    assert score_films([NORMAL], [NORMAL + " pacemaker."])["hallucination"] == 1.0
-    assert score_films([NORMAL], [NORMAL])["hallucination"] == 0.0
+    assert score_said("film", [NORMAL], [NORMAL + " pacemaker."])["hallucination"] == 1.0
+    assert score_said("film", [NORMAL], [NORMAL])["hallucination"] == 0.0
 
 
 def test_scene_scores_want_colours_with_their_shapes():
-    scores = score_scenes(["a red circle above a blue square"], ["a blue circle above a red square"])
+    scores = score_said("scene", ["a red circle above a blue square"], ["a blue circle above a red square"])
     assert scores["shape"] == 1.0 and scores["colour"] == 0.0 and scores["shape_and_colour"] == 0.0
 
 
 def test_findings_are_scored_on_frontal_films_and_the_view_on_all():
-    scores = score_films(["lateral chest radiograph.", NORMAL], ["lateral chest radiograph.", NORMAL])
+    scores = score_said("film", ["lateral chest radiograph.", NORMAL], ["lateral chest radiograph.", NORMAL])
     assert scores["films"] == 1 and scores["view"] == 1.0
 
 
