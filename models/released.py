@@ -28,7 +28,19 @@ def read_weights(path: Path) -> Weights:
     weights = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointBroken("this file is no table of tensors")
+    for name, value in weights.items():
+        _check_memory(str(name), value)
     return {str(name): value for name, value in weights.items()}
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise CheckpointBroken unless each number of a tensor lies in the file: a few bytes could stand for terabytes."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    if not plain or tensor.numel() > tensor.untyped_storage().nbytes() // tensor.element_size():
+        raise CheckpointBroken(
+            f"{name} is sparse, or larger than what the file holds of it",
+            "Save the weights as plain, contiguous tensors.",
+        )
 
 
 def count_layers(weights: Weights, prefix: str) -> int:

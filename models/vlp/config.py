@@ -45,9 +45,9 @@ class VlpConfig:
         for item in fields(self):
             _check_number(item.name, getattr(self, item.name))
         if self.hidden_size % self.num_attention_heads:
-            raise CheckpointBroken("config.json: hidden_size is no multiple of num_attention_heads")
+            raise CheckpointBroken("hidden_size is no multiple of num_attention_heads")
         if self.prefix_length + self.max_text_length + 1 > self.max_position_embeddings:
-            raise CheckpointBroken("config.json: max_position_embeddings is too small for the regions and the text")
+            raise CheckpointBroken("max_position_embeddings is too small for the regions and the text")
 
     @property
     def prefix_length(self) -> int:
@@ -79,13 +79,16 @@ def parse_config(document: dict[str, Any]) -> VlpConfig:
     if document.get("model_type") != MODEL_TYPE:
         raise CheckpointBroken("config.json: model_type is not vlp")
     names = {item.name for item in fields(VlpConfig)}
-    return VlpConfig(**{name: value for name, value in document.items() if name in names})
+    try:
+        return VlpConfig(**{name: value for name, value in document.items() if name in names})
+    except CheckpointBroken as error:
+        raise CheckpointBroken(f"config.json: {error}") from None
 
 
 def _check_number(name: str, value: Any) -> None:
     is_share = name.endswith(("_prob", "_eps"))
     if isinstance(value, bool) or not isinstance(value, int | float if is_share else int):
-        raise CheckpointBroken(f"config.json: {name} is no number")
+        raise CheckpointBroken(f"{name} is no number")
     sound = 0 <= value < 1 if is_share else (value > 0 or (value == 0 and name in ZERO_IS_SOUND))
     if not sound or value > 10_000_000:
-        raise CheckpointBroken(f"config.json: {name} is out of range")
+        raise CheckpointBroken(f"{name} is out of range")

@@ -18,7 +18,9 @@ from models.released import CONVERT_COMMAND, Weights, count_layers, find_vocabul
 from models.vlp.config import VlpConfig
 from models.vlp.folder import (
     GEOMETRY_DIM,
+    OWN_WEIGHTS,
     TIED_WEIGHT,
+    check_fractions,
     fill_network,
     name_keys,
     read_answer_list,
@@ -61,6 +63,7 @@ def convert_released(
     `vocabulary` is bert-base-cased's `vocab.txt`; None looks beside the file, then on the hub. A checkpoint for
     questions needs the answers' texts beside it. Raises CheckpointMissing, CheckpointBroken.
     """
+    check_fractions(weights)
     weights = rename_weights(weights)
     config = read_config(weights, head_width)
     answers = find_answers(path) if config.num_answers else ()
@@ -121,27 +124,32 @@ def read_config(weights: Weights, head_width: int) -> VlpConfig:
     except KeyError as error:
         raise CheckpointBroken(f"weights do not fit a VLP: {name_keys([error.args[0]])} missing") from None
     except (IndexError, ValueError, ZeroDivisionError):
-        raise CheckpointBroken("the shapes of these weights are no VLP's") from None
+        raise CheckpointBroken("the shapes of these weights are no VLP's", OWN_WEIGHTS) from None
+    if not positions:
+        raise CheckpointBroken(f"weights do not fit a VLP: {POSITIONS} has no rows", OWN_WEIGHTS)
     if types not in (2, len(GROWN_TYPES)):
         raise CheckpointBroken(f"weights do not fit a VLP: {TYPES} holds {types} types, not 2 or {len(GROWN_TYPES)}")
     if width % head_width:
         raise CheckpointBroken(
             f"weights do not fit a VLP: {WORDS} is {width} wide, no multiple of a head's {head_width}"
         )
-    sizes = VlpConfig(num_answers=answers)  # for what no shape tells: regions, the longest text
-    return VlpConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=count_layers(weights, "bert.encoder.layer"),
-        num_attention_heads=width // head_width,
-        intermediate_size=inner,
-        max_position_embeddings=max(positions, sizes.prefix_length + sizes.max_text_length + 1),
-        type_vocab_size=len(GROWN_TYPES),
-        relax_projection=slices if slices > 1 else 0,
-        region_feat_dim=features,
-        region_num_classes=places - GEOMETRY_DIM,
-        num_answers=answers,
-    )
+    try:
+        sizes = VlpConfig(num_answers=answers)  # for what no shape tells: regions, the longest text
+        return VlpConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=count_layers(weights, "bert.encoder.layer"),
+            num_attention_heads=width // head_width,
+            intermediate_size=inner,
+            max_position_embeddings=max(positions, sizes.prefix_length + sizes.max_text_length + 1),
+            type_vocab_size=len(GROWN_TYPES),
+            relax_projection=slices if slices > 1 else 0,
+            region_feat_dim=features,
+            region_num_classes=places - GEOMETRY_DIM,
+            num_answers=answers,
+        )
+    except CheckpointBroken as error:
+        raise CheckpointBroken(f"the shapes of these weights are no VLP's: {error}", OWN_WEIGHTS) from None
 
 
 def grow_tables(weights: Weights, config: VlpConfig) -> Weights:

@@ -36,6 +36,8 @@ GEOMETRY_DIM = 6  # what locate_regions gives beside the classes
 MAX_ANSWERS_BYTES = 16 * 1024 * 1024
 TIED_WEIGHT = "cls.predictions.decoder.weight"
 FETCH_AGAIN = "Fetch the checkpoint again."
+READABLE = "Make it a file that this user may read."
+OWN_WEIGHTS = "Use the weights as training wrote them."
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,10 @@ def read_sizes(folder: Path) -> tuple[VlpConfig, RegionSpec]:
     """The transformer's sizes and the provider it was trained with, from config.json. Raises CheckpointBroken."""
     document = read_json(folder / CONFIG_NAME)
     config, spec = parse_config(document), RegionSpec.from_json(document.get("regions"))
-    check_sizes(config, spec)
+    try:
+        check_sizes(config, spec)
+    except CheckpointBroken as error:
+        raise CheckpointBroken(f"{CONFIG_NAME}: {error}") from None
     return config, spec
 
 
@@ -132,7 +137,8 @@ def fill_network(config: VlpConfig, weights: dict[str, Tensor], dtype: torch.dty
     It is built without memory and takes the tensors over, so that sizes a file does not bear out cost nothing.
     """
     if config.num_hidden_layers > len(weights):
-        raise CheckpointBroken("weights do not fit the VLP of config.json: there are fewer than layers")
+        raise CheckpointBroken("weights do not fit this VLP: there are fewer than layers", OWN_WEIGHTS)
+    check_fractions(weights)
     with torch.device("meta"):
         model = VlpModel(config)
     held = {name: tensor.to(dtype) for name, tensor in weights.items()}
@@ -140,12 +146,23 @@ def fill_network(config: VlpConfig, weights: dict[str, Tensor], dtype: torch.dty
         missing, extra = model.load_state_dict(held, strict=False, assign=True)
     except RuntimeError as error:
         named = [line.strip().partition(":")[0] for line in str(error).splitlines()[1:4]]
-        raise CheckpointBroken(f"weights are of another shape than config.json says: {'; '.join(named)}") from None
+        told = "; ".join(named)
+        raise CheckpointBroken(f"weights are of another shape than this VLP's: {told}", OWN_WEIGHTS) from None
     wrong = sorted({*missing, *extra} - {TIED_WEIGHT})
     if wrong:
-        raise CheckpointBroken(f"weights do not fit the VLP of config.json: {name_keys(wrong)}")
+        raise CheckpointBroken(f"weights do not fit this VLP: {name_keys(wrong)}", OWN_WEIGHTS)
+    for name, tensor in held.items():
+        if not bool(tensor.isfinite().all()):  # one NaN makes every caption noise
+            raise CheckpointBroken(f"weights are not finite: {name} holds NaN or infinity", OWN_WEIGHTS)
     model.cls.predictions.decoder.weight = model.bert.embeddings.word_embeddings.weight
     return model.eval()
+
+
+def check_fractions(weights: dict[str, Tensor]) -> None:
+    """Raise CheckpointBroken for whole or complex numbers, which would lose their meaning when converted."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise CheckpointBroken(f"weights do not fit a VLP: {name} holds no floating point numbers", OWN_WEIGHTS)
 
 
 def name_keys(keys: Sequence[str]) -> str:
@@ -165,14 +182,18 @@ def read_answers(folder: Path, config: VlpConfig) -> tuple[str, ...]:
 
 def read_answer_list(path: Path) -> tuple[str, ...]:
     """A JSON list of texts. Raises CheckpointBroken."""
-    if path.stat().st_size > MAX_ANSWERS_BYTES:
-        raise CheckpointBroken(f"{path.name} is larger than {MAX_ANSWERS_BYTES} bytes")
     try:
+        if path.stat().st_size > MAX_ANSWERS_BYTES:
+            raise CheckpointBroken(f"{path.name} is larger than {MAX_ANSWERS_BYTES} bytes")
         texts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointBroken(f"{path.name} cannot be read ({type(error).__name__})", READABLE) from None
     except (ValueError, RecursionError):
         raise CheckpointBroken(f"{path.name} is not JSON") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise CheckpointBroken(f"{path.name} is not a list of texts")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise CheckpointBroken(f"{path.name} holds a text that is no Unicode", "Write it out again as UTF-8.")
     return tuple(texts)
 
 
@@ -211,8 +232,8 @@ def check_sizes(config: VlpConfig, spec: RegionSpec) -> None:
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
-            raise CheckpointBroken(f"config.json: {name} is {ours}, its regions give {theirs}")
+            raise CheckpointBroken(f"{name} is {ours}, its regions give {theirs}")
     # An answer head of one class could only give what is never given; prefix and text have a type each.
     for name, size in (("num_answers", config.num_answers), ("type_vocab_size", config.type_vocab_size)):
         if size == 1:
-            raise CheckpointBroken(f"config.json: {name} is out of range")
+            raise CheckpointBroken(f"{name} is out of range")

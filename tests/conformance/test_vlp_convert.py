@@ -21,6 +21,7 @@ from models.vlp.captioner import VlpAnswerer, VlpCaptioner, see_regions
 from models.vlp.config import VlpConfig
 from models.vlp.convert import convert_released, is_vlp
 from models.vlp.decoding import SearchOptions, search_captions
+from models.vlp.folder import read_answer_list
 from models.vlp.network import VlpModel
 from models.vlp.regions import RegionSpec
 from readroom.errors import CheckpointBroken, CheckpointMissing
@@ -342,6 +343,45 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, model: VlpModel, spoi
     assert not (tmp_path / "store").exists()
 
 
+def share_numbers(table: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1).expand(table.shape)
+
+
+def break_one(value: float) -> Any:
+    def spoil(table: torch.Tensor) -> torch.Tensor:
+        table[1, 2] = value
+        return table
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (change(POSITIONS, lambda table: table[:0]), f"{POSITIONS} has no rows"),
+        (change(QUERY, torch.Tensor.to_sparse), f"{QUERY} is sparse"),
+        (change(QUERY, torch.Tensor.to_sparse_csr), f"{QUERY} is sparse"),
+        (change(QUERY, share_numbers), f"{QUERY} is .*larger than what the file holds"),
+        (change("bert.extra", torch.zeros(1).expand(1 << 20, 1 << 20)), "bert.extra is .*larger"),
+        (change(QUERY, lambda table: table.to("meta")), f"{QUERY} is .*larger"),
+        (change(QUERY, lambda table: table.to(torch.complex64)), f"{QUERY} holds no floating point"),
+        (change(QUERY, lambda table: table.to(torch.int8)), f"{QUERY} holds no floating point"),
+        (change(WORDS, lambda table: table.to(torch.int8)), f"{WORDS} holds no floating point"),
+        (change(QUERY, break_one(float("nan"))), f"{QUERY} holds NaN or infinity"),
+        (change(QUERY, break_one(float("inf"))), f"{QUERY} holds NaN or infinity"),
+        (change("vis_pe_embed.0.weight", torch.zeros(64, 5)), "no VLP's: region_num_classes is out of range"),
+        (change(QUERY, torch.zeros(64, 63)), f"another shape than this VLP's: .*{QUERY}"),
+    ],
+)
+def test_weights_that_are_no_sound_tensors_are_refused(tmp_path: Path, model: VlpModel, spoil: Any, said: str) -> None:
+    """In words that speak of the weights, with something to do about it."""
+    path = write_released(tmp_path / "m.bin", spoil(copy_weights(model)))
+    with pytest.raises(CheckpointBroken, match=said) as caught:
+        convert_checkpoint(path, tmp_path / "store")
+    assert caught.value.remedy and "config.json" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_width_that_is_no_multiple_of_a_heads_is_refused(tmp_path: Path) -> None:
     model = small_model(replace(CONFIG, hidden_size=96))
     with pytest.raises(CheckpointBroken, match="96 wide, no multiple"):
@@ -371,12 +411,28 @@ def test_without_the_answers_it_says_what_to_put_where(released_answerer: Path, 
 
 @pytest.mark.parametrize(
     ("answers", "said"),
-    [(ANSWERS[:-1], "holds 24 texts"), ([*ANSWERS, "x"], "holds 26"), ({"a": 1}, "list of texts"), ([1] * 25, "list")],
+    [
+        (ANSWERS[:-1], "holds 24 texts"),
+        ([*ANSWERS, "x"], "holds 26"),
+        ({"a": 1}, "list of texts"),
+        ([1] * 25, "list"),
+        ([*ANSWERS[:-1], "\ud800"], "holds a text that is no Unicode"),
+        ([*ANSWERS[:-2], "\ud83d", "\ude00"], "holds a text that is no Unicode"),
+    ],
 )
 def test_other_answers_are_refused(released_answerer: Path, tmp_path: Path, answers: Any, said: str) -> None:
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     with pytest.raises(CheckpointBroken, match=said):
         convert_checkpoint(released_answerer, tmp_path / "store")
+
+
+def test_answers_that_cannot_be_read_are_refused_in_words(tmp_path: Path) -> None:
+    """A folder in the place of the file, as whoever runs the tests may be allowed to read everything."""
+    (tmp_path / "answers.json").mkdir()
+    for name in ("answers.json", "gone.json"):
+        with pytest.raises(CheckpointBroken, match="cannot be read") as caught:
+            read_answer_list(tmp_path / name)
+        assert caught.value.remedy
 
 
 def test_captions_do_not_change_when_converted_twice(tmp_path: Path, model: VlpModel, region_dir: Path) -> None:
