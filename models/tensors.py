@@ -15,11 +15,17 @@ from readroom.errors import BadCall
 
 
 def stack_pictures(images: Sequence[Picture], size: int) -> torch.Tensor:
-    """uint8 (N, size, size, 3) on the host. Raises BadCall for other types."""
-    if any(image.dtype != np.uint8 for image in images):
+    """uint8 (N, size, size, 3) on the host. Raises BadCall for other types and shapes, and for no picture at all."""
+    if len(images) == 0:
+        raise BadCall("at least one picture is needed")
+    if not all(map(_is_picture, images)):
         raise BadCall("a picture must be a uint8 array, H x W or H x W x 3")
     ready = [image if image.shape == (size, size, 3) else to_model_input(image, size) for image in images]
     return torch.from_numpy(np.stack(ready))
+
+
+def _is_picture(image: Picture) -> bool:
+    return image.dtype == np.uint8 and image.size > 0 and (image.ndim == 2 or image.shape[2:] == (3,))
 
 
 def normalise_pixels(pixels: torch.Tensor, mean: Floats, std: Floats, model: Any) -> torch.Tensor:
