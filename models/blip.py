@@ -167,8 +167,13 @@ class BlipAnswerer:
 
 def start_tokens(parts: BlipParts, prompt: str) -> list[int]:
     """The start token and the prompt's tokens."""
-    ids = parts.tokenizer(prompt, add_special_tokens=False).input_ids if prompt.strip() else []
+    ids = parts.tokenizer(replace_surrogates(prompt), add_special_tokens=False).input_ids if prompt.strip() else []
     return [parts.model.config.text_config.bos_token_id, *ids]
+
+
+def replace_surrogates(text: str) -> str:
+    """Unicode of a str: half a surrogate pair, as a name of undecodable bytes holds, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def end_token(parts: BlipParts) -> int:
@@ -199,11 +204,14 @@ def search_options(parts: BlipParts, settings: GenerationSettings, prompt_length
 def tokenize_questions(parts: BlipParts, questions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Tokens of each question; the first is [ENC] where the tokenizer knows it, as BLIP was trained.
 
-    The hub's tokenizers do not, and transformers leaves [CLS] there (its issue 22732); we do as it does then.
+    The hub's tokenizers do not, and transformers leaves [CLS] there (its issue 22732); we do as it does then. Raises
+    BadCall for a question of special tokens only, [UNK] among them.
     """
     longest = min(MAX_QUESTION_TOKENS, int(parts.model.config.text_config.max_position_embeddings))
-    asked = [question.strip() for question in questions]
+    asked = [replace_surrogates(question.strip()) for question in questions]
     rows = parts.tokenizer(asked, truncation=True, max_length=longest).input_ids
+    if any(set(row) <= set(parts.tokenizer.all_special_ids) for row in rows):
+        raise BadCall("the question holds no word this model knows", "Ask in words its vocabulary has.")
     first = parts.tokenizer.get_vocab().get("[ENC]")
     return tuple(tuple(row) if first is None else (first, *row[1:]) for row in rows)
 

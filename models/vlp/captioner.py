@@ -5,6 +5,7 @@ A checkpoint belongs to one provider of regions (models/vlp/regions.py); its man
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from models.vlp.layout import lay_out
 from models.vlp.network import SeenRegions, VlpModel
 from models.vlp.regions import RegionProvider, Regions, RegionSpec, locate_regions, open_provider
 from models.vlp.tokenizer import CasedTokenizer, join_marks
-from readroom.errors import BadCall, CheckpointBroken
+from readroom.errors import BadCall, CheckpointBroken, EngineError
 from readroom.records import GeneratedText, GenerationSettings
 
 
@@ -83,7 +84,7 @@ class VlpCaptioner:
         return self.parts.provider.prepare(images)
 
     def generate(self, batch: Any, settings: GenerationSettings) -> CaptionRaw:
-        """Greedy or beam search. Raises OutOfMemory, DeviceBroken, BadCall (a prompt: VLP captions from none)."""
+        """Greedy or beam search. Raises BadCall (a prompt: VLP captions from none), and as `search_regions`."""
         options = search_options(self.parts, settings)
         with translate_device_errors(), torch.inference_mode():
             return search_regions(self.parts, self.parts.provider.compute(batch), options)
@@ -119,10 +120,12 @@ class VlpAnswerer:
             raise BadCall("one question a picture is needed")
         longest = self.parts.model.config.max_text_length
         asked = tuple(tuple(self.parts.tokenizer.encode(question)[:longest]) for question in questions)
+        if not all(map(self.parts.tokenizer.knows_any, asked)):
+            raise BadCall("the question holds no word this model knows", "Ask in words its vocabulary has.")
         return AnswerBatch(self.parts.provider.prepare(images), asked)
 
     def generate(self, batch: AnswerBatch, settings: GenerationSettings) -> AnswerRaw:
-        """The likeliest answer of each question. Raises OutOfMemory, DeviceBroken.
+        """The likeliest answer of each question. Raises as `pick_answers`.
 
         There is nothing to search: `settings` have no say. Questions of any lengths run together, as none sees the
         padding of another.
@@ -156,8 +159,9 @@ def search_options(parts: VlpParts, settings: GenerationSettings) -> SearchOptio
 
 
 def search_regions(parts: VlpParts, regions: Regions, options: SearchOptions) -> CaptionRaw:
-    """Captions of pictures whose regions are known."""
+    """Captions of pictures whose regions are known. Raises OutOfMemory, DeviceBroken, EngineError (no finite score)."""
     found = search_captions(parts.model, see_regions(regions), parts.tokenizer.special, options)
+    check_finite(found.scores)
     return CaptionRaw(found.tokens, found.mean_scores(options))
 
 
@@ -165,15 +169,26 @@ def pick_answers(parts: VlpParts, regions: Regions, questions: Sequence[Sequence
     """The class with the greatest logit but 0, "<unk>", which the release never gives (SPEC section 6).
 
     The head is trained by binary cross entropy, each class on its own: a score is the log of that class' probability,
-    log sigmoid(logit), and scores of all classes add up to nothing in particular.
+    log sigmoid(logit), and scores of all classes add up to nothing in particular. Raises OutOfMemory, DeviceBroken,
+    EngineError (no finite logit).
     """
     model = parts.model
     asked = lay_out(questions, "bi", model.config, parts.tokenizer.special)
     ids, types, visible = (tensor.to(model.device) for tensor in (asked.ids, asked.types, asked.visible))
     logits = model.predict_answers(model(see_regions(regions), ids, types, visible)).float()
     best = logits[:, 1:].max(dim=1)
+    check_finite(best.values.tolist())
     scores = functional.logsigmoid(best.values)
     return AnswerRaw(tuple((best.indices + 1).tolist()), tuple(scores.tolist()))
+
+
+def check_finite(values: Sequence[float]) -> None:
+    """Raise EngineError for a batch with a score that is no number: what was chosen by it means nothing.
+
+    Whoever runs batches finds the picture by halving (worker/engine.py).
+    """
+    if not all(map(math.isfinite, values)):
+        raise EngineError("the model's scores are not finite", "Check the checkpoint and the region features.")
 
 
 def see_regions(regions: Regions) -> SeenRegions:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
 
 from models.vlp.layout import PAD, SpecialIds
 from readroom.errors import CheckpointBroken
@@ -44,11 +44,19 @@ class CasedTokenizer:
 
     def split(self, text: str) -> list[str]:
         """The word pieces of a text, no special tokens added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).tokens)
+        return list(self._encode(text).tokens)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text's word pieces."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._encode(text).ids)
+
+    def knows_any(self, ids: Sequence[int]) -> bool:
+        """Whether there is more in a text than [UNK]."""
+        return any(number != self.special.unknown for number in ids)
+
+    def _encode(self, text: str) -> Encoding:
+        # Half a surrogate pair, as a name of undecodable bytes holds, is a str of Python's and no Unicode.
+        return self._tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the first [SEP] or [PAD]; pieces are glued, words stand apart, so do their marks."""

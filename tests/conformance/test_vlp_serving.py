@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from models.load import load_answerer, load_captioner
 from models.vlp.captioner import VlpAnswerer, VlpCaptioner, see_regions
 from models.vlp.folder import TIED_WEIGHT, save_checkpoint, sign_folder
 from models.vlp.layout import TASK_NUMBERS, lay_out
-from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
-from readroom.records import GenerationSettings
-from tests.fakes.small_blip import VOCABULARY, mixed_images
+from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing, EngineError
+from readroom.records import GeneratedText, GenerationSettings, Reason
+from tests.fakes.small_blip import VOCABULARY, mixed_images, save_answerer
 from tests.fakes.small_vlp import (
     ANSWERS,
     SPECS,
@@ -33,6 +34,7 @@ from tests.fakes.small_vlp import (
     small_network,
     write_regions,
 )
+from worker.engine import Engine, ModelFailure
 
 GREEDY = GenerationSettings(num_beams=1, max_new_tokens=12, min_new_tokens=1)
 BEAMS = GenerationSettings(num_beams=3, max_new_tokens=12, min_new_tokens=1)
@@ -256,6 +258,75 @@ def test_floats_are_no_pictures(folders: dict[str, Path]) -> None:
         as_captioner(folders["grid"]).prepare([np.zeros((48, 48, 3), dtype=np.float32)])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("shape", [(48, 48, 4), (48, 48, 1), (48, 48, 2), (48,), (0, 48, 3), (1, 48, 48, 3)])
+def test_other_shapes_are_no_pictures(folders: dict[str, Path], shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadCall, match="H x W or H x W x 3"):
+        as_captioner(folders["grid"]).prepare([*mixed_images(1), np.zeros(shape, dtype=np.uint8)])
+
+
+def test_no_picture_is_a_bad_call(folders: dict[str, Path]) -> None:
+    with pytest.raises(BadCall, match="at least one picture"):
+        as_captioner(folders["grid"]).prepare([])
+
+
+@pytest.mark.parametrize("asked", ["\u200b", "\x00", "\U0001f600", "xyzzy"])
+def test_a_question_without_a_known_word_is_a_bad_call(answerer: VlpAnswerer, asked: str) -> None:
+    with pytest.raises(BadCall, match="no word this model knows") as caught:
+        answerer.prepare(show_images(answerer, 2), ["what?", asked])
+    assert caught.value.remedy
+
+
+def test_half_a_surrogate_pair_in_a_question_is_read_as_a_mark(answerer: VlpAnswerer) -> None:
+    found = run_answerer(answerer, show_images(answerer, 1), ["\udcff what is this"])
+    assert found == run_answerer(answerer, show_images(answerer, 1), ["? what is this"])
+
+
+@pytest.mark.parametrize("asked", ["\u200b", "\x00", "\U0001f600", "xyzzy", "\udcff what is this"])
+def test_blip_treats_such_questions_alike(tmp_path: Path, asked: str) -> None:
+    blip = load_answerer(str(save_answerer(tmp_path / "blip")), device="cpu")
+    if "what" in asked:
+        assert run_answerer(blip, mixed_images(1), [asked]) == run_answerer(blip, mixed_images(1), ["? what is this"])
+    else:
+        with pytest.raises(BadCall, match="no word this model knows"):
+            blip.prepare(mixed_images(2), ["what?", asked])
+
+
+def test_a_manifest_of_a_billion_beams_asks_for_no_memory(own_folder: Path) -> None:
+    sign_again(own_folder, generation={"num_beams": 10**9, "max_new_tokens": 5, "min_new_tokens": 1})
+    with pytest.raises(BadCall, match="at most 64 beams"):
+        run_captioner(as_captioner(own_folder), mixed_images(1))
+
+
+# Numbers that are none -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_image_of_no_numbers_fails_alone(
+    folders: dict[str, Path], region_dir: Path, settings: GenerationSettings, value: float
+) -> None:
+    captioner = as_captioner(folders["precomputed"], region_dir)
+    images = show_images(captioner, 5)
+    right = run_captioner(captioner, images, settings)
+    spoilt = images[2].features.copy()
+    spoilt[3, 1] = value
+    broken = replace(images[2], features=spoilt)
+    found = Engine(lambda _: captioner).run_captions("vlp", [*images[:2], broken, *images[3:]], settings)
+    assert found[2] == ModelFailure(Reason.MODEL_FAILED, "EngineError")
+    texts = [text.text for text in found if isinstance(text, GeneratedText)]
+    assert texts == [text.text for row, text in enumerate(right) if row != 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_answer_of_no_number_is_none(answerer: VlpAnswerer, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = answerer.parts.model.ans_classifier[2].bias
+    spoilt = bias.detach().clone()
+    spoilt[4] = value
+    monkeypatch.setattr(bias, "data", spoilt)
+    with pytest.raises(EngineError, match="not finite"):
+        run_answerer(answerer, show_images(answerer, 1), ["what is this?"])
+
+
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +494,9 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
         (spoil_weights(lambda w: w.update(extra=torch.zeros(1))), "do not fit.*extra"),
         (spoil_weights(lambda w: w.update({QUERY: torch.zeros(3, 3)})), f"another shape.*{QUERY}"),
         (spoil_weights(lambda w: w.update({TIED_WEIGHT: torch.zeros(1)})), f"{TIED_WEIGHT} is not expected"),
+        (spoil_weights(lambda w: w[QUERY].view(-1)[7:8].fill_(math.nan)), f"not finite: {QUERY}"),
+        (spoil_weights(lambda w: w[QUERY].view(-1)[7:8].fill_(-math.inf)), f"not finite: {QUERY}"),
+        (spoil_weights(lambda w: w.update({QUERY: w[QUERY].to(torch.int8)})), f"{QUERY} holds no floating point"),
         (truncate("model.safetensors"), r"model\.safetensors cannot be read"),
         (truncate("regions.safetensors"), "cannot load|cannot be read"),
         (truncate("config.json"), r"config\.json is not JSON"),
