@@ -299,21 +299,22 @@ class Batcher:
         with self._changed:
             if self._closed or self._arrived:
                 return False
-            chosen = self._choose_entries()
+            now = time.monotonic()  # read once: what is found not to be due is waited for until it is
+            chosen = self._choose_entries(now)
             if not chosen:
-                self._changed.wait(self._measure_wait())
+                self._changed.wait(self._measure_wait(now))
                 return False
             gone = set(map(id, chosen))
             self._buffer = [entry for entry in self._buffer if id(entry) not in gone]
             self._moving = chosen
             return True
 
-    def _choose_entries(self) -> list[Entry]:
+    def _choose_entries(self, now: float) -> list[Entry]:
         if not self._buffer:
             return []
-        aged = time.monotonic() - AGE_FLOOR_S
+        aged = now - AGE_FLOOR_S
         ordered = sorted(self._buffer, key=lambda entry: (entry.urgency if entry.arrived > aged else 0, entry.arrived))
-        first = ordered[0] if self._is_due() else self._find_full(ordered)
+        first = ordered[0] if self._is_due(now) else self._find_ready(ordered)
         if first is None:
             return []
         if first.unanswered:
@@ -321,26 +322,29 @@ class Batcher:
             return self._choose_suspects(first, ordered) if not self._claimed else []
         return [one for one in ordered if one.needs == first.needs and not one.unanswered][: self._limits.max_batch]
 
-    def _find_full(self, ordered: list[Entry]) -> Entry | None:
-        """The first job of those that a whole batch is there of."""
+    def _find_ready(self, ordered: list[Entry]) -> Entry | None:
+        """The first job of those that a whole batch is there of; one that is more urgent does not wait for it."""
         counts = Counter(entry.needs for entry in ordered if not entry.unanswered)
         whole = (one for one in ordered if not one.unanswered and counts[one.needs] >= self._limits.max_batch)
-        return next(whole, None)
+        first, foremost = next(whole, None), ordered[0]
+        if first is not None and foremost.urgency < first.urgency and not foremost.unanswered:
+            return foremost
+        return first
 
     def _choose_suspects(self, first: Entry, ordered: list[Entry]) -> list[Entry]:
         if first.unanswered == 1:
             return [entry for entry in ordered if entry.unanswered == 1][:SUSPECT_GROUP]
         return [entry for entry in ordered if entry.job_id == first.job_id]
 
-    def _is_due(self) -> bool:
-        return self._open_tickets >= self._limits.capacity or self._due_at() <= time.monotonic()
+    def _is_due(self, now: float) -> bool:
+        return self._open_tickets >= self._limits.capacity or self._due_at() <= now
 
     def _due_at(self) -> float:
         return min(entry.arrived for entry in self._buffer) + self._limits.batch_wait_s
 
-    def _measure_wait(self) -> float | None:
+    def _measure_wait(self, now: float) -> float | None:
         """Seconds until the buffer is due; None when that alone changes nothing."""
-        return None if not self._buffer or self._is_due() else max(0.0, self._due_at() - time.monotonic())
+        return None if not self._buffer or self._is_due(now) else self._due_at() - now
 
     def _claim_moving(self) -> list[ReadyBatch]:
         known = {entry.job_id: entry.unanswered for entry in self._moving}

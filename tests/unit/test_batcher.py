@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -199,7 +201,7 @@ def test_mixed_messages_of_several_checkpoints_make_full_batches() -> None:
 def test_a_full_batch_does_not_wait_for_a_few_jobs_of_another_checkpoint() -> None:
     handler = FakeHandler(make_rows(1, checkpoint="a") | make_rows(2, 3, 4, checkpoint="b"))
     with run_batcher(handler, max_batch=3, batch_wait_s=LONG_S, capacity=3) as batcher:
-        first = batcher.submit([1], Priority.STAT)
+        first = batcher.submit([1], Priority.BULK)
         assert batcher.submit([2, 3, 4], Priority.BULK).wait(WAIT_S) is Ending.DONE
         assert not first.is_over
 
@@ -498,3 +500,30 @@ def test_many_messages_from_many_threads_all_end_with_each_job_run_once() -> Non
     assert endings == [Ending.DONE] * (threads * count // 4)
     ran = [job_id for batch in handler.batches for job_id in batch]
     assert sorted(ran) == list(range(threads * count))
+
+
+def test_a_job_that_comes_due_while_it_is_looked_at_is_not_slept_over() -> None:
+    handler = FakeHandler(make_rows(1))
+    with run_batcher(handler, batch_wait_s=0.02, capacity=100) as batcher:
+        look = batcher._find_ready
+
+        def look_slowly(ordered: list[Any]) -> Any:
+            found = look(ordered)
+            due = ordered[0].arrived + 0.02
+            while time.monotonic() <= due:  # a thread that was not scheduled for a moment
+                pass
+            return found
+
+        batcher._find_ready = look_slowly  # type: ignore[method-assign]
+        assert batcher.submit([1], Priority.STAT).wait(WAIT_S) is Ending.DONE
+
+
+def test_full_batches_of_another_model_do_not_go_before_an_urgent_job() -> None:
+    handler = FakeHandler(make_rows(*range(1, 10)))
+    for number in range(2, 10):
+        handler.rows[number].checkpoint = "other"
+    with run_batcher(handler, max_batch=4, batch_wait_s=LONG_S, capacity=100) as batcher:
+        with batcher._changed:  # nothing is chosen before all of it is there
+            tickets = [batcher.submit([1], Priority.STAT), batcher.submit(range(2, 10), Priority.BULK)]
+        assert all(ticket.wait(WAIT_S) is Ending.DONE for ticket in tickets)
+    assert handler.batches[0] == [1]
