@@ -7,9 +7,9 @@ from readroom.captions import choose_now
 
 
 def generate_caption(image: Any, model: str | None = None) -> Any:
-    """What `image` shows. `model`: a folder, a hub id, `bundled`, `bundled:vlp`; the registry is not asked. `blip` (the
-    default) means READROOM_BLIP_MODEL or BLIP base; `vlp` READROOM_VLP_MODEL or, with a warning, the bundled one, for
-    there is no other VLP to be had."""
+    """What `image` shows. `model`: a folder, a hub id, `bundled`, `bundled:vlp`, or a family. `blip` (the default) is
+    READROOM_BLIP_MODEL, the registry's active one or BLIP base; `vlp` READROOM_VLP_MODEL, the active one or, with a
+    warning, the bundled one, for there is no other VLP to be had."""
     return caption(image, **choose_now("caption", model))
 
 

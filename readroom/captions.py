@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readroom.errors import CheckpointError, ItemError, SourceError
-from readroom.intake import PUBLISHED, choose_checkpoint, choose_generation, existing_store, name_checkpoint
+from readroom.intake import choose_checkpoint, choose_generation, existing_store, is_chosen, look_up_checkpoint
 from readroom.records import FAMILIES, GeneratedText, JobKind, SkippedItem
 from readroom.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from db.session import Store
     from models.checkpoint import CheckpointSource
 
 Run = Callable[[list[Path]], Sequence[GeneratedText | ItemError]]
@@ -51,8 +52,9 @@ def warn_captioner(source: CheckpointSource) -> str | None:
 def choose_now(kind: str, model: str | None) -> dict[str, Any]:
     """What inference.py calls models/predict.py with: the checkpoint's name, and what the settings say besides.
 
-    A family as `model` means that family's setting, else its published checkpoint; None means the first family. There
-    is no VLP to be had but the bundled one: where nothing names another it is taken, with a warning.
+    A family as `model` means what the commands take: the family's setting, the registry's active checkpoint, the
+    published one; None means the first family. There is no VLP to be had but the bundled one: where nothing names
+    another it is taken, with a warning.
     """
     settings = load_settings()
     chosen: dict[str, Any] = {
@@ -66,16 +68,26 @@ def choose_now(kind: str, model: str | None) -> dict[str, Any]:
 
 
 def name_now(settings: Settings, kind: JobKind, model: str | None) -> str:
-    """The checkpoint that `model` means for inference.py, by a name that no registry is needed for."""
-    from models.checkpoint import name_bundled
+    """The checkpoint that `model` means for inference.py, by a name that no registry is needed for.
 
-    family = model or FAMILIES[0]
-    if family not in FAMILIES:
-        return family
-    name = name_checkpoint(settings, family, None, kind) or PUBLISHED.get((family, kind))
-    if name is None:
+    Raises CheckpointMissing, CheckpointBroken, BadCall (another family than asked for).
+    """
+    if model is not None and model not in FAMILIES:
+        return model
+    with existing_store(settings) as store:
+        source = find_now(settings, store, model or FAMILIES[0], kind)
+    if warn_captioner(source):
         warnings.warn(TOY_NOTE, stacklevel=4)  # at the line that called inference.py
-    return name or name_bundled(family)
+    return source.location
+
+
+def find_now(settings: Settings, store: Store | None, family: str, kind: JobKind) -> CheckpointSource:
+    """As the commands find it; the bundled one where nothing is named and nothing was published."""
+    from models.checkpoint import name_bundled, resolve_checkpoint
+
+    if is_chosen(settings, store, family):
+        return look_up_checkpoint(settings, store, family, None, kind)
+    return resolve_checkpoint(name_bundled(family))
 
 
 def caption_now(settings: Settings, paths: Sequence[Path], source: CheckpointSource) -> list[dict[str, Any]]:
