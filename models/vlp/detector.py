@@ -18,7 +18,8 @@ from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING
 from models.base import Picture
 from models.device import translate_device_errors
 from models.tensors import normalise_pixels, stack_pictures
-from models.vlp.backbone import load_network, probe_network, require_size, save_provider_files
+from models.vlp.backbone import SPEC_REMEDY, load_network, probe_network, require_size, save_provider_files
+from models.vlp.grid import count_tokens
 from models.vlp.regions import Regions, RegionSpec
 from readroom.errors import CheckpointBroken
 
@@ -27,6 +28,8 @@ __all__ = ["DetectorProvider", "load_detector", "read_probabilities", "save_prov
 # How a detector's class scores are meant, by model_type; the two kinds cannot be told apart by their shapes.
 SOFTMAX_TYPES = ("detr", "table-transformer", "yolos")
 SIGMOID_TYPES = ("conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2")
+# Of a picture, in a detector that looks at patches of it: a side of 2048 pixels in patches of 16.
+MAX_PATCHES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ class DetectorProvider:
         """Take a detector of transformers. Raises CheckpointBroken when its sizes are not the spec's."""
         self.model: Any = model.to(device)
         self.spec = spec
+        check_queries(self.model.config, spec)
         seen = probe_network(self.model, spec.image_size, self._run)
-        if seen.features.shape[1] < spec.count:
-            raise CheckpointBroken(f"regions: count is {spec.count}, and the detector has {seen.features.shape[1]}")
+        require_queries(spec, seen.features.shape[1])
         require_size("feature_dim", spec.feature_dim, seen.features.shape[2])
         require_size("class_count", spec.class_count, seen.classes.shape[2])
 
@@ -85,6 +88,25 @@ class DetectorProvider:
         )
 
 
+def check_queries(config: Any, spec: RegionSpec) -> None:
+    """Raise CheckpointBroken for a detector whose config says that it has too few queries, or too many patches.
+
+    Said before a look, which patches of a pixel each would take all memory for.
+    """
+    queries = getattr(config, "num_detection_tokens", None) or getattr(config, "num_queries", None)
+    if queries is not None:
+        require_queries(spec, int(queries))
+    patches = count_tokens(config, spec.image_size)
+    if patches is not None and patches > MAX_PATCHES:
+        raise CheckpointBroken(f"regions: the detector would see {patches} patches of a picture", SPEC_REMEDY)
+
+
+def require_queries(spec: RegionSpec, queries: int) -> None:
+    """Raise CheckpointBroken when a spec names more regions than its detector has queries."""
+    if queries < spec.count:
+        raise CheckpointBroken(f"regions: count is {spec.count}, and the detector has {queries}", SPEC_REMEDY)
+
+
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """values [N, Q, D] at rows [N, R] of each: [N, R, D]."""
     return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
@@ -101,7 +123,7 @@ def read_probabilities(logits: Tensor, model_type: str) -> Tensor:
     if model_type in SOFTMAX_TYPES:
         return logits.softmax(dim=-1).roll(1, dims=-1)
     if model_type not in SIGMOID_TYPES:
-        raise CheckpointBroken("the class scores of this kind of detector are not known")
+        raise CheckpointBroken("the class scores of this kind of detector are not known", "Name another detector.")
     likely = logits.sigmoid()
     row = torch.cat((1 - likely.amax(dim=-1, keepdim=True), likely), dim=-1)
     return row / row.sum(dim=-1, keepdim=True)

@@ -35,6 +35,9 @@ class GridProvider:
         """Take a backbone of transformers. Raises CheckpointBroken when its grid is not the spec's."""
         self.model: Any = model.to(device)
         self.spec = spec
+        cells = count_tokens(self.model.config, spec.image_size)
+        if cells is not None:  # before a look, which tokens beyond number would take all memory for
+            require_size("count", spec.count, cells)
         features, (rows, columns) = probe_network(self.model, spec.image_size, self._run)
         require_size("count", spec.count, features.shape[1])
         require_size("feature_dim", spec.feature_dim, features.shape[2])
@@ -69,7 +72,7 @@ class GridProvider:
         leading = hidden.shape[1] - rows * columns
         registers = int(getattr(self.model.config, "num_register_tokens", 0))
         if not 0 <= leading <= MAX_LEADING + registers:
-            raise CheckpointBroken("the backbone's tokens are no grid of its patches")
+            raise CheckpointBroken("the backbone's tokens are no grid of its patches", "Name another backbone.")
         return hidden[:, leading:], (rows, columns)
 
 
@@ -77,9 +80,22 @@ def read_grid(config: Any, image_size: int) -> tuple[int, int]:
     """Rows and columns of patches in a square picture, from a config that says how large a patch is, pixels."""
     patch = getattr(config, "patch_size", None)
     if patch is None:
-        raise CheckpointBroken("the backbone's config names no patch_size, so its tokens cannot be laid out")
+        raise CheckpointBroken(
+            "the backbone's config names no patch_size, so its tokens cannot be laid out", "Name another one."
+        )
     height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
+    if min(int(height), int(width)) < 1:
+        raise CheckpointBroken("the backbone's patch_size is not usable", "Name another one.")
     return image_size // int(height), image_size // int(width)
+
+
+def count_tokens(config: Any, image_size: int) -> int | None:
+    """How many patches a network of tokens makes of a square picture; None for one of maps that shrink by stages."""
+    one_width = isinstance(getattr(config, "hidden_size", None), int) and not getattr(config, "depths", None)
+    if not one_width or getattr(config, "patch_size", None) is None:
+        return None
+    rows, columns = read_grid(config, image_size)
+    return rows * columns
 
 
 def cell_boxes(rows: int, columns: int, image_size: int) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
+from models.vlp import detector
 from models.vlp.detector import DetectorProvider, read_probabilities, save_provider_files, turn_boxes
 from models.vlp.regions import RegionProvider, Regions, RegionSpec, locate_regions, open_provider
 from readroom.errors import CheckpointBroken
@@ -192,6 +193,25 @@ def test_more_regions_than_queries_are_refused_at_loading(kind: str, folder: Pat
         open_provider(folder, spec_of(kind, QUERIES + 1), CPU, torch.float32)
 
 
+def refuse_call(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this must not be reached")
+
+
+def test_too_few_queries_are_refused_before_a_look(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "probe_network", refuse_call)
+    with pytest.raises(CheckpointBroken, match=f"regions: count is {QUERIES + 1}, and the detector has {QUERIES}"):
+        DetectorProvider(make_network(kind), spec_of(kind, QUERIES + 1), CPU)
+
+
+def test_too_many_patches_are_refused_before_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "probe_network", refuse_call)
+    network = make_network("yolos")
+    network.config.patch_size = 8
+    spec = replace(spec_of("yolos"), image_size=2048)
+    with pytest.raises(CheckpointBroken, match="the detector would see 65536 patches of a picture"):
+        DetectorProvider(network, spec, CPU)
+
+
 @pytest.mark.parametrize("field", ["feature_dim", "class_count"])
 def test_a_spec_that_is_not_its_detectors_names_the_field(kind: str, folder: Path, field: str) -> None:
     spec = spec_of(kind)
@@ -244,6 +264,9 @@ def test_boxes_are_turned_into_corners_also_without_a_size() -> None:
     ({"backbone_config": "microsoft/resnet-18"}, "backbone_config is missing"),
     ({"backbone_config": {"model_type": "timm_backbone"}}, "model_type names something"),
     ({"model_type": "owlvit"}, "a owlvit cannot be this checkpoint's provider"),
+    ({"decoder_layers": 1_000_000}, "a network of far more parts than"),
+    ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1_000_000]}}, "a network of far more parts than"),
+    ({"d_model": 1_000_000}, "of another shape: "),
     ({"model_type": "resnet"}, "a resnet cannot be this checkpoint's provider"),
 ])  # fmt: skip
 def test_a_detector_that_cannot_be_run_from_its_folder_is_refused(
@@ -257,3 +280,11 @@ def test_a_detector_that_cannot_be_run_from_its_folder_is_refused(
     path.write_text(json.dumps(document))
     with pytest.raises(CheckpointBroken, match=words):
         open_provider(tmp_path, spec_of("detr"), CPU, torch.float32)
+
+
+def test_a_grid_of_anchors_of_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
+    save_provider_files(make_network("rt_detr"), tmp_path)
+    path = tmp_path / "regions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "anchor_image_size": [1_000_000, 1_000_000]}))
+    with pytest.raises(CheckpointBroken, match="anchor_image_size is not usable"):
+        open_provider(tmp_path, spec_of("rt_detr"), CPU, torch.float32)

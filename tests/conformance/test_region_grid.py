@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import (
     ViTModel,
 )
 
+from models.vlp import backbone, grid
 from models.vlp.grid import GridProvider, save_provider_files
 from models.vlp.regions import RegionProvider, RegionSpec, open_provider
 from readroom.errors import BadCall, CheckpointBroken, CheckpointMissing
@@ -265,7 +267,21 @@ def test_classes_of_a_grid_are_refused() -> None:
 
 def test_a_picture_size_that_the_network_cannot_see_is_refused(vit_folder: Path) -> None:
     with pytest.raises(CheckpointBroken, match="cannot look at a picture of its image_size"):
-        open_grid(vit_folder, spec_of(3, 32, 64))
+        open_grid(vit_folder, spec_of(4, 32, 64))
+
+
+def refuse_call(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this must not be reached")
+
+
+@pytest.mark.parametrize(("patch_size", "cells"), [(16, 9), (1, 2304), ([16, 8], 18)])
+def test_tokens_of_another_number_are_refused_before_a_look(
+    monkeypatch: pytest.MonkeyPatch, patch_size: Any, cells: int
+) -> None:
+    monkeypatch.setattr(grid, "probe_network", refuse_call)
+    network = ViTModel(ViTConfig(**SIZES, image_size=48, patch_size=patch_size))
+    with pytest.raises(CheckpointBroken, match=f"regions: count is 4, and its network gives {cells}"):
+        GridProvider(network, RegionSpec("grid", 4, 32, 0, 48), CPU)
 
 
 def spoil_weights(folder: Path, change: Any) -> None:
@@ -290,6 +306,64 @@ def test_weights_that_do_not_fit_are_named(vit_folder: Path, change: Any, words:
     spoil_weights(vit_folder, change)
     with pytest.raises(CheckpointBroken, match=words):
         open_grid(vit_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "a network of far more parts than regions.safetensors has weights for"),
+        ({"num_hidden_layers": 1_000_001}, "num_hidden_layers is beyond 1000000"),
+        ({"deeper": [{"sizes": [[3, -(10**400)]]}]}, "sizes is beyond 1000000"),
+        ({"intermediate_size": 1_000_000}, r"of another shape: layers\.0\..* \(6 in all\)"),
+        ({"hidden_size": 1_000_000}, "of another shape: embeddings.cls_token, "),
+        ({"image_size": 1_000_000}, r"of another shape: embeddings.position_embeddings \(1 in all\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_network_of_any_other_size_is_refused_before_a_weight_is_made(
+    vit_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    spec = NETWORKS["vit"][3]
+    edit_config(vit_folder, **changes)
+    monkeypatch.setattr(backbone, "load_file", refuse_call)
+    monkeypatch.setattr(ViTModel, "from_pretrained", refuse_call)
+    with pytest.raises(CheckpointBroken, match=words) as caught:
+        open_grid(vit_folder, spec)
+    assert caught.value.remedy
+
+
+def test_weights_that_a_deeper_network_lacks_are_named_before_they_are_made(
+    vit_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(vit_folder, num_hidden_layers=3)
+    with pytest.raises(CheckpointBroken, match=r"missing: .*layers?\.2\."):  # few enough: made, and then named
+        open_grid(vit_folder)
+    monkeypatch.setattr(backbone, "MAX_COMPUTED", 0)
+    monkeypatch.setattr(backbone, "load_file", refuse_call)
+    with pytest.raises(CheckpointBroken, match=r"missing: .*layers?\.2\."):
+        open_grid(vit_folder)
+
+
+def test_parts_that_another_thread_builds_meanwhile_are_not_counted() -> None:
+    parts = [torch.nn.Identity() for _ in range(20)]
+    with ThreadPoolExecutor(1) as threads, backbone.bound_parts(3):
+        assert len(threads.submit(torch.nn.Sequential, *parts).result(timeout=60)) == 20
+        assert len(torch.nn.Sequential(*parts[:3])) == 3
+        with pytest.raises(backbone.TooManyParts):
+            torch.nn.Sequential(parts[0])
+        assert len(threads.submit(torch.nn.Sequential, *parts).result(timeout=60)) == 20
+    assert len(torch.nn.Sequential(*parts)) == 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(vit_folder: Path, value: float) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights[KEY][3, 1, 4, 1] = value
+
+    spoil_weights(vit_folder, spoil)
+    with pytest.raises(CheckpointBroken, match=rf"infinite or not a number: {KEY} \(1 in all\)") as caught:
+        open_grid(vit_folder)
+    assert caught.value.remedy
 
 
 def test_positions_that_the_class_computes_are_tolerated(vit_folder: Path) -> None:
@@ -359,6 +433,14 @@ def test_a_config_of_nonsense_is_refused(vit_folder: Path, changes: dict[str, An
     edit_config(vit_folder, **changes)
     with pytest.raises(CheckpointBroken):
         open_grid(vit_folder)
+
+
+@pytest.mark.parametrize("depth", [500, 900, 960, 990, 5000])
+def test_a_config_nested_without_end_is_refused(vit_folder: Path, depth: int) -> None:
+    path = vit_folder / "regions.json"
+    path.write_text(f'{{"model_type": "nothing", "deep": {"[" * depth}{"]" * depth}}}')
+    with pytest.raises(CheckpointBroken, match=r"is not JSON|nested too deeply|model_type is not one"):
+        open_grid(vit_folder, NETWORKS["vit"][3])
 
 
 def test_a_config_that_is_no_json_is_refused(vit_folder: Path) -> None:
