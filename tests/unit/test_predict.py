@@ -11,10 +11,14 @@ from PIL import Image
 import inference
 from models import predict
 from models.base import run_captioner
+from models.checkpoint import BUNDLED_DIR, resolve_checkpoint
 from models.dummy import DummyModel
 from models.predict import answer_images, caption_images, load_picture
 from readroom.errors import BadCall, ImageError, ItemError
+from readroom.intake import opened_store
 from readroom.records import GenerationSettings, ImageRef, Reason
+from readroom.registry import register_checkpoint
+from readroom.settings import load_settings
 
 PIXELS = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
 
@@ -137,7 +141,7 @@ def test_without_a_setting_the_published_captioner_is_asked_for(monkeypatch: pyt
     for model in (None, "blip"):
         inference.generate_caption(PIXELS, model=model)
         inference.answer_question(PIXELS, "what?", model=model)
-    assert asked == ["Salesforce/blip-image-captioning-base", "Salesforce/blip-vqa-base"] * 2
+    assert asked == ["Salesforce/blip-image-captioning-base@main", "Salesforce/blip-vqa-base@main"] * 2
 
 
 def note_models(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -148,15 +152,41 @@ def note_models(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("setting", ["dummy", "bundled", "/a/folder"])
+@pytest.mark.parametrize("setting", ["dummy", "bundled", str(BUNDLED_DIR / "vlp")])
+@pytest.mark.filterwarnings("ignore:bundled is a small model")
 def test_a_familys_name_means_its_setting(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv("READROOM_VLP_MODEL", setting)
     asked = note_models(monkeypatch)
     inference.generate_caption(PIXELS)
     inference.generate_caption(PIXELS, model="vlp")
     inference.answer_question(PIXELS, "what?", model="vlp")
-    vlp = "bundled:vlp" if setting == "bundled" else setting
-    assert asked == ["dummy", vlp, vlp]
+    vlp = resolve_checkpoint(setting, "vlp").location
+    assert asked == [resolve_checkpoint("dummy").location, vlp, vlp]
+
+
+@pytest.mark.parametrize(("variable", "setting", "model"), [
+    ("READROOM_VLP_MODEL", "bundled:blip", "vlp"), ("READROOM_BLIP_MODEL", "bundled:vlp", "blip"),
+])  # fmt: skip
+def test_a_setting_of_another_family_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, setting: str, model: str
+) -> None:
+    monkeypatch.setenv(variable, setting)
+    with pytest.raises(BadCall, match="of the family"):
+        inference.generate_caption(PIXELS, model=model)
+
+
+def test_the_registrys_active_checkpoint_is_what_a_family_means(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("READROOM_HOME", str(tmp_path / "home"))
+    settings = load_settings()
+    with opened_store(settings) as store:
+        for source, name in ((str(BUNDLED_DIR / "vlp"), "mine"), ("dummy:item_ms=1", "other")):
+            register_checkpoint(settings, store, source, name, activate=name == "mine", convert=False)
+    asked = note_models(monkeypatch)
+    with pytest.warns(UserWarning, match="small model"):  # it is the bundled one's copy
+        inference.generate_caption(PIXELS, model="vlp")
+    assert Path(asked[0]).parent == (settings.home_dir / "checkpoints").resolve()
 
 
 def test_without_a_setting_vlp_is_the_bundled_one_and_the_caller_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +195,7 @@ def test_without_a_setting_vlp_is_the_bundled_one_and_the_caller_is_warned(monke
         with pytest.warns(UserWarning, match="small model for trying things out") as caught:
             ask(PIXELS, model="vlp")
         assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
-    assert asked == ["bundled:vlp"] * 2
+    assert asked == [str(BUNDLED_DIR / "vlp")] * 2
 
 
 def test_what_the_settings_say_reaches_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
