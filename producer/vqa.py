@@ -37,16 +37,20 @@ class FoundQuestion:
     kind: str
 
 
-def read_vqa(root: Path, split: str = "val2014", limit: int | None = None) -> Iterator[FoundQuestion | SkippedItem]:
+def read_vqa(
+    root: Path, split: str = "val2014", limit: int | None = None, by_name: bool = False
+) -> Iterator[FoundQuestion | SkippedItem]:
     """The first `limit` questions of a split in their file's order; one whose image is not there is a SkippedItem.
 
+    With `by_name`, images need not be there, and `path` is what their file would be called in the split's folder.
     Questions that nobody answered (a test split's) are left out. Raises BadCall when there is no such layout, and,
     while reading, when a file is malformed.
     """
     source = find_source(root)
     questions = find_part(source, f"v2_OpenEnded_mscoco_{split}_questions.json")
     annotations = find_part(source, f"v2_mscoco_{split}_annotations.json")
-    folders = tuple(str(folder) for folder in list_folders(source) if (folder / split).is_dir())
+    holding = (folder for folder in list_folders(source) if (folder / split).is_dir())
+    folders = None if by_name else tuple(map(str, holding))
     asked = list(islice(_read_entries(questions, "questions"), limit))
     answered = collect_answers(annotations, {_key(entry, "question_id") for entry in asked})
     for entry in asked:
@@ -94,14 +98,14 @@ def _read_entries(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe(
-    entry: dict[str, Any], annotation: dict[str, Any], split: str, folders: tuple[str, ...]
+    entry: dict[str, Any], annotation: dict[str, Any], split: str, folders: tuple[str, ...] | None
 ) -> FoundQuestion | SkippedItem:
     key, image_id, text = _key(entry, "question_id"), entry.get("image_id"), entry.get("question")
     if not isinstance(image_id, int) or not isinstance(text, str) or not text.strip() or not annotation["answers"]:
         raise BadCall("a question has no text, no image or no answers", "Download the VQA v2 files again.")
     name = f"{split}/COCO_{split}_{image_id:012d}.jpg"
     try:
-        path = find_file(name, folders)
+        path = name if folders is None else find_file(name, folders)
     except SourceError as error:
         return SkippedItem(name, error.reason, error.detail)
     kind = annotation["kind"] if isinstance(annotation["kind"], str) else ""

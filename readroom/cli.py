@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -504,7 +505,8 @@ def list_failures(
         return
     for row in rows:
         click.echo(
-            f"{row.job:>8}  {row.kind:<8} {row.attempt} attempts  {row.reason:<18} {show_name(row.item)}  {row.detail}"
+            f"{row.job:>8}  {row.kind:<8} {row.captioner:<5} {row.attempt} attempts  {row.reason:<18} "
+            f"{show_name(row.item)}  {row.detail}"
         )
     if not rows:
         click.echo("no dead letters")
@@ -646,25 +648,30 @@ def train() -> None:
 
 @train.command("vlp")
 @click.option("--task", type=click.Choice(["caption", "vqa"]), default="caption", show_default=True,
-              help="Learn to caption, or to answer questions.")
+              help="Learn to caption, or to answer questions.")  # fmt: skip
 @click.option("--dataset", type=click.Choice(["coco", "phantoms"]), default="coco", show_default=True,
-              help="COCO (with --task vqa: VQA v2), or pictures drawn here.")
-@click.option("--data_dir", type=click.Path(path_type=Path, file_okay=False),
-              help="Folder that holds coco2017/ or the VQA v2 files [READROOM_DATA_DIR].")
+              help="COCO (with --task vqa: VQA v2), or pictures drawn here.")  # fmt: skip
+@click.option("--data_dir", "--data-dir", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder that holds coco2017/ or the VQA v2 files [READROOM_DATA_DIR].")  # fmt: skip
+@click.option("--region_dir", "--region-dir", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder of precomputed regions [READROOM_REGION_DIR].")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False),
-              help="Recipe, a TOML file; default: the task's own in training/configs/.")
+              help="Recipe, a TOML file; default: the task's own in training/configs/.")  # fmt: skip
 @click.option("--init", help="VLP checkpoint to start from: `bundled`, a registered name or a folder.")
 @click.option("--regions", type=click.Choice(["grid", "detector", "precomputed"]),
-              help="What makes the regions of a fresh model; default: as the recipe says.")
+              help="What makes the regions of a fresh model; default: as the recipe says.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the data [recipe].")
-@click.option("--batch_size", type=click.IntRange(1), help="Texts in one update [recipe].")
-@click.option("--learning_rate", type=click.FloatRange(0, min_open=True), help="Greatest rate [recipe].")
+@click.option("--batch_size", "--batch-size", type=click.IntRange(1), help="Texts in one update [recipe].")
+@click.option("--forward_size", "--forward-size", type=click.IntRange(1),
+              help="Texts at once: a small device makes an update of several passes [recipe].")  # fmt: skip
+@click.option("--learning_rate", "--learning-rate", type=click.FloatRange(0, min_open=True),
+              help="Greatest rate [recipe].")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="The same seed trains the same model on one machine [recipe].")
 @click.option("--limit", type=click.IntRange(2), help="Only the first N pictures (questions) of a training split.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it runs [READROOM_DEVICE].")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
-              help="Folder of the run; default: a new one in <home>/training.")
-def train_vlp(device: str | None, **options: Any) -> None:  # fmt: skip
+              help="Folder of the run; default: a new one in <home>/training.")  # fmt: skip
+def train_vlp(device: str | None, **options: Any) -> None:
     """Train a VLP: captions of a COCO folder, or questions of VQA v2.
 
     \b
@@ -678,10 +685,12 @@ def train_vlp(device: str | None, **options: Any) -> None:  # fmt: skip
     from readroom.teaching import VlpOrder, teach_vlp
 
     settings = load_settings(**({"device": device} if device else {}))
-    command = f"readroom train vlp {' '.join(sys.argv[3:])}".strip()
+    command = f"readroom train vlp {shlex.join(sys.argv[3:])}".strip()
     trained = teach_vlp(settings, VlpOrder(command=command, **options), click.echo)
     click.echo(f"the best checkpoint is that of epoch {trained.best.number}: {trained.folder}")
-    click.echo(f"serve it:  readroom checkpoints add {trained.folder} --activate")
+    click.echo(f"serve it:  readroom checkpoints add {shlex.quote(str(trained.folder))} --activate")
+    for picture, reason in list(trained.skipped.items())[:NAMED_ITEMS]:
+        click.echo(show_name(f"{picture}: {reason}"), err=True)
     if trained.skipped:
         run = trained.folder.parent
         click.echo(f"{len(trained.skipped):,} pictures could not be used: {run}/skipped.jsonl", err=True)

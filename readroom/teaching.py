@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from readroom.settings import Settings
 
 if TYPE_CHECKING:
     from models.checkpoint import CheckpointSource
+    from producer.coco import Listing
     from training.vlp_data import Sample
     from training.vlp_recipe import Recipe
     from training.vlp_run import Material, Tell, Trained
@@ -29,6 +31,10 @@ RECIPES = {
     ("caption", "phantoms"): "vlp_phantoms.toml",
     ("vqa", "phantoms"): "vlp_phantoms.toml",
 }
+DATA_REMEDY = (
+    "--data_dir or READROOM_DATA_DIR names the folder that holds coco2017/annotations and coco2017/train2017, for "
+    "questions v2_OpenEnded_mscoco_train2014_questions.json and what belongs to it; docs/training.md lists them."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,10 @@ class VlpOrder:
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    forward_size: int | None = None
     seed: int | None = None
     limit: int | None = None
+    region_dir: Path | None = None
     command: str = ""
 
 
@@ -58,13 +66,16 @@ def teach_vlp(settings: Settings, order: VlpOrder, tell: Tell) -> Trained:
     from training.vlp_run import train_on
 
     recipe = choose_recipe(order)
-    material = gather_material(settings, order, recipe)
+    region_dir = order.region_dir or settings.region_dir
     folder = order.out or settings.home_dir / "training" / f"vlp-{order.task}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def open_start(device: Any) -> Start:
-        return choose_start(settings, order, recipe, device)
+        return choose_start(settings, order, recipe, device, region_dir)
 
-    return train_on(recipe, material, open_start, folder, settings.device, settings.region_dir, order.command, tell)
+    def gather(provider: str) -> Material:
+        return gather_material(settings, order, recipe, by_name=provider == "precomputed")
+
+    return train_on(recipe, gather, open_start, folder, settings.device, region_dir, order.command, tell)
 
 
 def choose_recipe(order: VlpOrder) -> Recipe:
@@ -72,7 +83,8 @@ def choose_recipe(order: VlpOrder) -> Recipe:
     from training.vlp_recipe import CONFIGS, check_recipe, read_recipe
 
     recipe = read_recipe(order.config or CONFIGS / RECIPES[order.task, order.dataset])
-    optimiser = replace(recipe.optimiser, **keep_given(batch_size=order.batch_size, learning_rate=order.learning_rate))
+    sizes = keep_given(batch_size=order.batch_size, forward_size=order.forward_size)
+    optimiser = replace(recipe.optimiser, **sizes, **keep_given(learning_rate=order.learning_rate))
     changes = keep_given(task=order.task, epochs=order.epochs, seed=order.seed)
     return check_recipe(replace(recipe, optimiser=optimiser, **changes))
 
@@ -82,13 +94,13 @@ def keep_given(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value is not None}
 
 
-def choose_start(settings: Settings, order: VlpOrder, recipe: Recipe, device: Any) -> Start:
+def choose_start(settings: Settings, order: VlpOrder, recipe: Recipe, device: Any, region_dir: Path | None) -> Start:
     """The checkpoint that is named, else a fresh model as the recipe plans it."""
     from training.vlp_start import start_fresh, start_from
 
     if order.init is None:
-        return start_fresh(recipe, device, settings.region_dir, order.regions)
-    start = start_from(find_init(settings, order.init), device, settings.region_dir)
+        return start_fresh(recipe, device, region_dir, order.regions)
+    start = start_from(find_init(settings, order.init), device, region_dir)
     if order.regions not in (None, start.provider.spec.provider):
         raise BadCall(
             f"that checkpoint's regions come from the provider {start.provider.spec.provider}, and it keeps to it",
@@ -107,8 +119,11 @@ def find_init(settings: Settings, name: str) -> CheckpointSource:
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def gather_material(settings: Settings, order: VlpOrder, recipe: Recipe) -> Material:
-    """The samples of a data set, and its items that are not there. Raises BadCall when the whole is not there."""
+def gather_material(settings: Settings, order: VlpOrder, recipe: Recipe, by_name: bool) -> Material:
+    """The samples of a data set, and its items that are not there. Raises BadCall when the whole is not there.
+
+    `by_name`: the model reads regions that were computed before, by the names of the pictures' files.
+    """
     from training.vlp_data import Skipped
     from training.vlp_phantoms import list_phantoms
     from training.vlp_run import Material
@@ -118,71 +133,91 @@ def gather_material(settings: Settings, order: VlpOrder, recipe: Recipe) -> Mate
         kept_back = max(2, round(recipe.data.held_out * count))
         drawn, checked = list_phantoms(order.task, count), list_phantoms(order.task, kept_back, validation=True)
         return Material(f"phantoms x {count}", list(drawn), list(checked), "phantoms")
-    root = order.data_dir or settings.data_dir
-    if root is None:
-        raise BadCall("where is the data set?", "Give --data_dir, or set READROOM_DATA_DIR.")
+    folder = order.data_dir or settings.data_dir
+    if folder is None:
+        raise BadCall("it is not said where the data set is", DATA_REMEDY)
+    if not folder.expanduser().is_dir():
+        raise BadCall("the folder of the data set is not there", DATA_REMEDY)
+    root, plan = folder.expanduser().resolve(), recipe.data
+    reader = Splits(root, settings, order.task, plan.karpathy, by_name)
     missing: list[SkippedItem] = []
-    plan = recipe.data
-    kind: Literal["features", "files"] = "features" if reads_features(settings, order, recipe) else "files"
-    train = list(read_splits(root, settings, order, recipe, plan.train, missing, order.limit))
-    held = list(read_splits(root, settings, order, recipe, plan.validation, missing, plan.validation_examples))
+    train = list(reader.read(plan.train, order.limit, missing))
+    held = list(reader.read(plan.validation, plan.validation_examples, missing))
     skipped = tuple(Skipped(one.item, f"{one.reason}: {one.detail}") for one in missing)
-    return Material(f"{order.dataset} {order.task} {'+'.join(plan.train)}", train, held, kind, skipped)
+    name, kind = f"{order.dataset} {order.task} {'+'.join(plan.train)}", "features" if by_name else "files"
+    return Material(name, train, held, kind, skipped)
 
 
-def reads_features(settings: Settings, order: VlpOrder, recipe: Recipe) -> bool:
-    """Whether the model reads precomputed regions by the names of the pictures' files."""
-    if order.init is not None:
-        manifest = find_init(settings, order.init).manifest
-        return manifest is not None and manifest.regions.get("provider") == "precomputed"
-    planned = recipe.regions.provider if recipe.regions else None
-    return (order.regions or planned) == "precomputed"
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Reads the splits of a data set below `root`.
 
+    `by_name`: pictures stand for themselves by their files' names and need not be there, as for precomputed regions.
+    """
 
-def read_splits(
-    root: Path,
-    settings: Settings,
-    order: VlpOrder,
-    recipe: Recipe,
-    splits: Sequence[str],
-    missing: list[SkippedItem],
-    limit: int | None,
-) -> Iterator[Sample]:
-    """The samples of some splits, of the first `limit` items each; what is not there is added to `missing`."""
-    for split in splits:
-        found = read_questions(root, split, limit) if order.task == "vqa" else read_captions(
-            root, settings, split, recipe.data.karpathy, limit
-        )  # fmt: skip
-        for item in found:
+    root: Path
+    settings: Settings
+    task: Task
+    karpathy: str = ""
+    by_name: bool = False
+
+    def read(self, splits: Sequence[str], limit: int | None, missing: list[SkippedItem]) -> Iterator[Sample]:
+        """The samples of the first `limit` pictures (or questions) of each split; `missing` takes what is not there."""
+        for split in splits:
+            for item in self._read_questions(split, limit) if self.task == "vqa" else self._read_captions(split, limit):
+                if isinstance(item, SkippedItem):
+                    missing.append(item)
+                else:
+                    yield item
+
+    def _read_captions(self, split: str, limit: int | None) -> Iterator[Sample | SkippedItem]:
+        """A sample for each caption of a COCO split."""
+        from training.vlp_data import Sample
+
+        listing = find_annotations(self.root, split, self.karpathy)
+        for item in islice(list_captions(listing) if self.by_name else self._find_captions(split), limit):
             if isinstance(item, SkippedItem):
-                missing.append(item)
-            else:
                 yield item
+            else:
+                yield from (Sample(item[0], text.strip()) for text in item[1] if text.strip())
+
+    def _find_captions(self, split: str) -> Iterator[tuple[str, tuple[str, ...]] | SkippedItem]:
+        from producer.coco import read_coco
+
+        karpathy = self.root / self.karpathy if self.karpathy else None
+        for image in read_coco(self.root, self.settings, split, karpathy):
+            yield (image.ref.path, image.reference_texts) if isinstance(image, FoundImage) else image
+
+    def _read_questions(self, split: str, limit: int | None) -> Iterator[Sample | SkippedItem]:
+        """A sample for each question of a VQA v2 split."""
+        from producer.vqa import read_vqa
+        from training.vlp_data import Sample
+
+        for found in read_vqa(self.root, split, limit, self.by_name):
+            yield found if isinstance(found, SkippedItem) else Sample(found.path, found.text, found.answers)
 
 
-def read_captions(
-    root: Path, settings: Settings, split: str, karpathy: str, limit: int | None
-) -> Iterable[Sample | SkippedItem]:
-    """A sample for each caption of a COCO split. Raises BadCall for images without captions."""
-    from producer.coco import read_coco
-    from training.vlp_data import Sample
+def find_annotations(root: Path, split: str, karpathy: str) -> Listing:
+    """The annotation file of a split. Raises BadCall naming the one that is not there."""
+    from producer.coco import find_listing
 
-    for image in islice(read_coco(root, settings, split, root / karpathy if karpathy else None), limit):
-        if not isinstance(image, FoundImage):
-            yield image
-        elif not image.reference_texts:
-            raise BadCall(f"the images of {split} have no captions", f"annotations/captions_{split}.json is needed.")
-        else:
-            yield from (Sample(image.ref.path, text.strip()) for text in image.reference_texts)
+    file = root / karpathy if karpathy else None
+    listing = find_listing(root, split, file) if file is None or file.is_file() else None
+    if listing is None:
+        name = karpathy or f"coco2017/annotations/captions_{split}.json"
+        raise BadCall(f"{name} is not in the folder of the data set", DATA_REMEDY)
+    return listing
 
 
-def read_questions(root: Path, split: str, limit: int | None) -> Iterable[Sample | SkippedItem]:
-    """A sample for each question of a VQA v2 split."""
-    from producer.vqa import read_vqa
-    from training.vlp_data import Sample
+def list_captions(listing: Listing) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The pictures that an annotation file names, each with its captions; nothing else is looked at."""
+    from producer.coco import SCHEMA, collect_captions, iter_entries, read_entry
+    from producer.index import open_temporary
 
-    for found in read_vqa(root, split, limit):
-        if isinstance(found, SkippedItem):
-            yield found
-        else:
-            yield Sample(found.path, found.text, found.answers)
+    with closing(open_temporary(SCHEMA)) as memory:
+        collect_captions(listing, memory)
+        for listed in filter(None, map(read_entry, iter_entries(listing, "images"))):
+            is_wanted = not listing.splits or not listed.split or listed.split in listing.splits
+            if is_wanted and memory.execute("INSERT OR IGNORE INTO seen VALUES (?)", (listed.name,)).rowcount:
+                rows = memory.execute("SELECT caption FROM captions WHERE image = ? ORDER BY rowid", (listed.key,))
+                yield listed.name, listed.captions or tuple(caption for (caption,) in rows if listed.key)

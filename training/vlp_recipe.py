@@ -75,8 +75,9 @@ class OptimiserPlan:
 class FreshPlan:
     """A model that starts from no VLP: `sizes` are fields of VlpConfig.
 
-    `bert` (a folder or hub id) gives weights and vocabulary, `vocabulary` a file of tokens alone. `glorot` starts
-    linear layers by Glorot's rule: BERT's deviation of 0.02 is meant for width 768, a small model stands still with it.
+    `bert` (a folder or hub id) gives weights and vocabulary, `vocabulary` (a file or checkpoint) tokens alone.
+    `glorot` starts linear layers by Glorot's rule: BERT's deviation of 0.02 is meant for width 768, and a small model
+    stands still with it.
     """
 
     bert: str = ""

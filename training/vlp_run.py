@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -84,7 +84,7 @@ class Material:
     name: str
     train: Sequence[Sample]
     validation: Sequence[Sample] = ()
-    kind: Literal["files", "phantoms", "features"] = "files"
+    kind: str = "files"  # or phantoms, features
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -143,7 +143,7 @@ class Run:
 
 def train_on(
     recipe: Recipe,
-    material: Material,
+    gather: Callable[[str], Material],
     open_start: Callable[[torch.device], Start],
     folder: Path,
     device: str = "auto",
@@ -151,7 +151,8 @@ def train_on(
     command: str = "",
     tell: Tell = lambda line: None,
 ) -> Trained:
-    """Train, and write `folder`. `open_start` gives the model to begin with on a device.
+    """Train, and write `folder`. `open_start` gives the model to begin with on a device, `gather` the data for its
+    provider of regions: data sets are large, so what is wrong with the rest is said before one is read.
 
     Raises BadCall, CheckpointMissing, CheckpointBroken, OutOfMemory, DeviceBroken; LossNotFinite, after which the
     checkpoints of the epochs before stay as they are.
@@ -160,12 +161,13 @@ def train_on(
     accelerator = open_accelerator(pick_device(device), recipe.precision)
     torch.manual_seed(recipe.seed)
     start = open_start(accelerator.device)
+    material = gather(start.provider.spec.provider)
+    reader = open_reader(material, start, region_dir)
     train, validation = divide_material(material, recipe)
     if recipe.task == "vqa":
         start = add_answers(start, () if start.answers else choose_answers(train, recipe.answers))
     answers = start.answers if recipe.task == "vqa" else ()
     texts, checks = (pack_texts(samples, start.tokenizer, answers) for samples in (train, validation))
-    reader = open_reader(material, start, region_dir)
     learner = Learner(start.model, start.provider, taught=recipe.optimiser.backbone_rate > 0)
     steps = recipe.epochs * math.ceil(len(texts) / recipe.optimiser.batch_size)
     course = start_course(accelerator, learner, asdict(recipe.optimiser), steps)
@@ -192,10 +194,16 @@ def run_epochs(run: Run, texts: TextSet, checks: TextSet, tell: Tell) -> tuple[E
             epoch = Epoch(number, loss, checked.total.item(), accuracy, time.perf_counter() - started)
             epochs.append(epoch)
             is_best = find_best(epochs) is epoch
-            run.log(**asdict(epoch), best=is_best)
+            run.log(**name_epoch(epoch), best=is_best)
             write_epoch(run, epoch, is_best)
             tell(describe_epoch(epoch, run.recipe.epochs, is_best))
     return tuple(epochs)
+
+
+def name_epoch(epoch: Epoch) -> dict[str, Any]:
+    """An epoch as a line of metrics, in the words of the lines of its steps."""
+    line = {name: value for name, value in asdict(epoch).items() if value is not None}
+    return {"epoch": line.pop("number"), **line}
 
 
 def find_best(epochs: Sequence[Epoch]) -> Epoch:

@@ -154,8 +154,12 @@ def open_bert(plan: FreshPlan) -> tuple[Path | None, str | None]:
 
 def find_vocabulary(plan: FreshPlan, bert: Path | None) -> Path:
     """The vocabulary file that is named, else the BERT's. Raises CheckpointMissing."""
-    path = Path(plan.vocabulary).expanduser() if plan.vocabulary else bert / VOCABULARY_NAME if bert else None
-    if path is None or not path.is_file():
+    path = Path(plan.vocabulary).expanduser()
+    if plan.vocabulary and not path.is_file():
+        path = open_folder(resolve_checkpoint(plan.vocabulary))[0] / VOCABULARY_NAME
+    elif not plan.vocabulary and bert is not None:
+        path = bert / VOCABULARY_NAME
+    if not path.is_file():
         raise CheckpointMissing("there is no vocabulary", "Name a vocab.txt with [model] vocabulary in the recipe.")
     return path
 

@@ -110,8 +110,8 @@ def test_a_fresh_answer_head_learns_the_questions(tmp_path: Path, vqa_recipe: Pa
     start = small_vlp.save_vlp(tmp_path / "start", "grid")
     captions_only = strip_answers(start, tmp_path / "captioner")
     out = tmp_path / "run"
-    train("--task", "vqa", "--data_dir", tmp_path / "vqa", "--init", captions_only, "--config", vqa_recipe, "--epochs", 60,
-          "--learning_rate", 0.001, "--out", out)  # fmt: skip
+    train("--task", "vqa", "--data_dir", tmp_path / "vqa", "--init", captions_only, "--config", vqa_recipe,
+          "--epochs", 60, "--learning_rate", 0.001, "--out", out)  # fmt: skip
     manifest = read_manifest(out / "best")
     assert manifest.task == "answer"
     assert manifest.scores["validation_accuracy"] == 1.0
@@ -149,9 +149,7 @@ def test_precomputed_regions_are_learned_from_their_files(
     asked = [(number, number, QUESTION) for number in ids]
     told = [(number, "other", [f"thing {place % 2}"] * 10) for place, number in enumerate(ids)]
     for split in ("train2014", "val2014"):
-        write_vqa(tmp_path / "vqa", asked, told, images=(), split=split)
-        for number in ids:
-            (tmp_path / "vqa" / split / f"COCO_{split}_{number:012d}.jpg").write_bytes(b"never opened")
+        write_vqa(tmp_path / "vqa", asked, told, images=(), split=split)  # not one picture is there
     small_vlp.write_regions(regions, names=[name.replace("val2014", "train2014") for name in small_vlp.NAMES])
     start = small_vlp.save_vlp(tmp_path / "start", "precomputed")
     out = tmp_path / "run"
@@ -159,6 +157,24 @@ def test_precomputed_regions_are_learned_from_their_files(
           "--out", out)  # fmt: skip
     assert read_manifest(out / "best").regions["provider"] == "precomputed"
     assert not (out / "best" / "regions.safetensors").exists()
+
+
+def test_karpathys_file_names_the_splits_and_the_released_regions(tmp_path: Path) -> None:
+    told = [
+        {"filepath": "val2014", "filename": name, "split": split, "cocoid": number, "sentences": [{"raw": "a cat ."}]}
+        for number, (name, split) in enumerate(zip(small_vlp.NAMES, ("train", "restval", "val", "test"), strict=False))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": told, "dataset": "coco"}))
+    small_vlp.write_regions(tmp_path / "regions")
+    recipe = tmp_path / "recipe.toml"
+    data = '[data]\nkarpathy = "dataset_coco.json"\ntrain = ["train"]\nvalidation = ["val"]\n'
+    recipe.write_text(f"{RECIPE}\n{data}")
+    start, out = small_vlp.save_vlp(tmp_path / "start", "precomputed"), tmp_path / "run"
+    train("--data_dir", tmp_path, "--region_dir", tmp_path / "regions", "--init", start, "--config", recipe,
+          "--epochs", 1, "--out", out)  # fmt: skip
+    learned = read_manifest(out / "best").training_data
+    assert isinstance(learned, dict)
+    assert (learned["pictures"], learned["texts"]) == (2, 2)  # restval belongs to train
 
 
 def test_phantoms_teach_a_fresh_model(tmp_path: Path) -> None:
@@ -170,8 +186,11 @@ def test_phantoms_teach_a_fresh_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ((), "where is the data set"),
-    (("--data_dir", "."), "captions_<split>.json"),
+    ((), "starts from a checkpoint"),
+    (("--init", "bundled"), "not said where the data set is"),
+    (("--init", "bundled", "--data_dir", "nowhere"), "the folder of the data set is not there"),
+    (("--init", "bundled", "--data_dir", "."), "captions_train2017.json is not in"),
+    (("--init", "bundled", "--data_dir", ".", "--task", "vqa"), "v2_OpenEnded_mscoco_train2014_questions.json"),
     (("--dataset", "phantoms", "--init", "bundled:blip"), "family blip"),
     (("--dataset", "phantoms", "--init", "nothing/of/that/name"), "no checkpoint"),
     (("--dataset", "phantoms", "--init", "bundled", "--regions", "detector"), "provider grid"),

@@ -58,6 +58,11 @@ def test_missing_image_is_named_and_the_rest_goes_on(tmp_path):
     assert [one.question_id for one in found if not isinstance(one, SkippedItem)] == ["91"]
 
 
+def test_images_need_not_be_there_when_only_their_names_are_wanted(tmp_path):
+    found = list(read_vqa(write_vqa(tmp_path, QUESTIONS, ANNOTATIONS, images=()), by_name=True))
+    assert [one.path for one in found] == [f"val2014/COCO_val2014_{image:012d}.jpg" for image in (7, 7, 9)]
+
+
 def test_question_without_annotation_is_left_out(tmp_path):
     assert len(list(read_vqa(write_vqa(tmp_path, QUESTIONS, ANNOTATIONS[:2])))) == 2
 
