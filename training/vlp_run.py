@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from models.device import pick_device
 from models.vlp.folder import save_checkpoint
-from readroom.errors import BadCall, OutOfMemory
+from readroom.errors import BadCall, LossNotFinite, OutOfMemory
 from training.vlp_data import (
     FeaturePictures,
     FilePictures,
@@ -189,7 +189,7 @@ def run_epochs(run: Run, texts: TextSet, checks: TextSet, tell: Tell) -> tuple[E
         for number in range(1, run.recipe.epochs + 1):
             started = time.perf_counter()
             loss = teach_epoch(run, texts, number, advance)
-            checked = check_epoch(run, checks)
+            checked = check_epoch(run, checks, number)
             accuracy = checked.accuracy.item() if run.recipe.task == "vqa" else None
             epoch = Epoch(number, loss, checked.total.item(), accuracy, time.perf_counter() - started)
             epochs.append(epoch)
@@ -242,13 +242,21 @@ def teach_epoch(run: Run, texts: TextSet, number: int, advance: Callable[[], Non
     return sum(losses) / len(losses)
 
 
-def check_epoch(run: Run, checks: TextSet) -> Losses:
-    """Losses on what is kept for it, masked alike each time; questions are not masked at all, nothing is smoothed."""
+def check_epoch(run: Run, checks: TextSet, number: int) -> Losses:
+    """Losses on what is kept for it, masked alike each time; questions are not masked at all, nothing is smoothed.
+
+    Raises LossNotFinite: the last update of an epoch may have been the one that spoilt the weights.
+    """
     size = run.recipe.optimiser.forward_size
     parts = split_batch(plan_batches(len(checks), len(checks), len(checks), run.recipe.seed, 0)[0][0], size)
     lessons = iterate_lessons(run, checks, parts, 0, is_check=True)
     with explain_memory(size):
-        return examine(run.course, (lesson for lesson in lessons if lesson is not None), Objective())
+        losses = examine(run.course, (lesson for lesson in lessons if lesson is not None), Objective())
+    if not torch.isfinite(losses.total):
+        raise LossNotFinite(
+            f"the validation loss is {losses.total.item()} after epoch {number}", "Lower the learning rate."
+        )
+    return losses
 
 
 def iterate_lessons(run: Run, texts: TextSet, parts: list[Any], epoch: int, is_check: bool) -> Iterator[Lesson | None]:

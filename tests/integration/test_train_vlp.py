@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from models.checkpoint import read_manifest, resolve_checkpoint
 from models.load import load_answerer, load_captioner
@@ -15,7 +19,9 @@ from models.predict import answer_images, caption_images
 from readroom.cli import main
 from tests.fakes import small_vlp
 from tests.unit.test_vqa import write_vqa
+from training import vlp_run
 from training.phantoms import write_coco
+from training.vlp_trainer import Objective
 
 QUESTION = "what is it?"
 COLOURS = ("black", "red")  # answers, of the two shades of the pictures
@@ -179,7 +185,7 @@ def test_karpathys_file_names_the_splits_and_the_released_regions(tmp_path: Path
 
 def test_phantoms_teach_a_fresh_model(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train("--dataset", "phantoms", "--limit", 64, "--epochs", 3, "--batch_size", 16, "--out", out)
+    train("--dataset", "phantoms", "--limit", 24, "--epochs", 3, "--batch_size", 8, "--out", out)
     epochs = [line for line in read_lines(out / "metrics.jsonl") if "validation_loss" in line]
     assert epochs[-1]["validation_loss"] < epochs[0]["validation_loss"]
     assert read_manifest(out / "best").parent == resolve_checkpoint("bundled", "blip").ref
@@ -205,6 +211,54 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(
     assert words in done.output
     assert "Traceback" not in done.output
     assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(
+    tmp_path: Path, coco: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--data_dir", coco, "--init", "bundled", "--config", recipe, "--limit", 2)  # a step an epoch
+    train(*common, "--epochs", 1, "--out", tmp_path / "good")
+    monkeypatch.setattr("training.vlp_trainer.linear_rate", lambda step, *_: 1.0 if step < 2 else 1e30)
+    done = train(*common, "--epochs", 3, "--out", tmp_path / "run", status=1)
+    assert "the validation loss is nan after epoch 2" in done.output
+    kept = read_manifest(tmp_path / "run" / "last")
+    assert kept.scores["epoch"] == 1
+    assert kept.digest == read_manifest(tmp_path / "run" / "best").digest
+    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == [
+        "best", "last", "metrics.jsonl", "recipe.json"]  # fmt: skip
+
+
+def test_the_worst_samples_are_left_out_after_the_sixth_epoch(
+    tmp_path: Path, coco: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.write_text(f"{RECIPE}\n[objective]\ndrop_worst = 0.5\nsmoothing = 0.1\n")
+    goals: list[Objective] = []
+    take_step = vlp_run.take_step
+
+    def listen(course: Any, lessons: Any, step: int, objective: Objective) -> Any:
+        goals.append(objective)
+        return take_step(course, lessons, step, objective)
+
+    monkeypatch.setattr(vlp_run, "take_step", listen)
+    train("--data_dir", coco, "--init", "bundled", "--config", recipe, "--epochs", 8, "--limit", 2, "--out",
+          tmp_path / "run")  # fmt: skip
+    assert [goal.drop_worst for goal in goals] == [0.0] * 6 + [0.5] * 2
+    assert {goal.smoothing for goal in goals} == {0.1}
+
+
+def test_a_run_in_bfloat16_with_other_processes_reading_learns_too(tmp_path: Path, coco: Path) -> None:
+    # In a process of its own: accelerate keeps one precision for each.
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("workers = 0", 'workers = 2\nprecision = "bfloat16"'))
+    command = [sys.executable, "-m", "readroom.cli", "train", "vlp", "--device", "cpu", "--data_dir", coco, "--init",
+               "bundled", "--config", recipe, "--epochs", 1, "--limit", 4, "--out", tmp_path / "run"]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 1, done.stderr  # a picture cannot be read, another is not there
+    assert "epoch 1 of 1: loss" in done.stdout and "000000000003.jpg: " in done.stderr
+    made = read_manifest(tmp_path / "run" / "best")
+    assert made.command.startswith("readroom train vlp --device cpu --data_dir")
+    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
 def test_a_run_is_not_written_over_another(tmp_path: Path) -> None:
