@@ -74,8 +74,8 @@ class BlipRaw:
     scores: tuple[float, ...]
 
 
-class BlipCaptioner:
-    """Captions pictures with a `BlipForConditionalGeneration`."""
+class LoadedBlip:
+    """What a captioner and an answerer both say of themselves (models/base.py, Model)."""
 
     family = "blip"
     reader = None
@@ -86,6 +86,10 @@ class BlipCaptioner:
         self.profile = parts.profile
         self.image_size = parts.image_size
         self.defaults = parts.defaults
+
+
+class BlipCaptioner(LoadedBlip):
+    """Captions pictures with a `BlipForConditionalGeneration`."""
 
     def prepare(self, images: Sequence[Picture]) -> CaptionBatch:
         """Stack pictures, sizing those that are not `image_size` square RGB yet."""
@@ -112,18 +116,8 @@ class BlipCaptioner:
         run_captioner(self, [grey], GenerationSettings(self.defaults.num_beams, 2, 1, self.defaults.prompt))
 
 
-class BlipAnswerer:
+class BlipAnswerer(LoadedBlip):
     """Answers questions about pictures with a `BlipForQuestionAnswering`."""
-
-    family = "blip"
-    reader = None
-
-    def __init__(self, parts: BlipParts) -> None:
-        self.parts = parts
-        self.checkpoint = parts.checkpoint
-        self.profile = parts.profile
-        self.image_size = parts.image_size
-        self.defaults = parts.defaults
 
     def prepare(self, images: Sequence[Picture], questions: Sequence[str]) -> AnswerBatch:
         """Stack pictures and tokenize their questions, one each, at most 35 tokens. Raises BadCall."""

@@ -85,12 +85,6 @@ def _pair_captions(predictions: Sequence[Prediction], group: str) -> tuple[list[
     return [prediction.references[0] for prediction in found], [prediction.text for prediction in found]
 
 
-def score_films(truths: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
-    """`tally_films` as plain numbers, and `films`, the number of frontal ones."""
-    tallies = tally_films(truths, captions)
-    return {"films": float(tallies["hallucination"].n)} | {name: tally.value for name, tally in tallies.items()}
-
-
 def tally_films(truths: Sequence[str], captions: Sequence[str]) -> dict[str, Tally]:
     """Agreement of captions with the exact truth on frontal films; `view` and `whole_caption` on lateral ones too.
 

@@ -66,8 +66,8 @@ class AnswerRaw:
     scores: tuple[float, ...]
 
 
-class VlpCaptioner:
-    """Captions pictures, or what a detector saw of them."""
+class LoadedVlp:
+    """What a captioner and an answerer both say of themselves (models/base.py, Model)."""
 
     family = "vlp"
 
@@ -78,6 +78,10 @@ class VlpCaptioner:
         self.image_size = parts.provider.spec.image_size
         self.defaults = parts.defaults
         self.reader: ItemReader | None = parts.provider.reader
+
+
+class VlpCaptioner(LoadedVlp):
+    """Captions pictures, or what a detector saw of them."""
 
     def prepare(self, images: Sequence[Picture]) -> Any:
         """A batch of the provider's, from pictures or from what `reader` gave."""
@@ -101,18 +105,8 @@ class VlpCaptioner:
             search_regions(self.parts, see_nothing(self.parts), options)
 
 
-class VlpAnswerer:
+class VlpAnswerer(LoadedVlp):
     """Answers questions with one of the texts its checkpoint was trained to give."""
-
-    family = "vlp"
-
-    def __init__(self, parts: VlpParts) -> None:
-        self.parts = parts
-        self.checkpoint = parts.checkpoint
-        self.profile = parts.profile
-        self.image_size = parts.provider.spec.image_size
-        self.defaults = parts.defaults
-        self.reader: ItemReader | None = parts.provider.reader
 
     def prepare(self, images: Sequence[Picture], questions: Sequence[str]) -> AnswerBatch:
         """The provider's batch and the questions' tokens, cut at the length trained with. Raises BadCall."""
